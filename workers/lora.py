@@ -1,0 +1,193 @@
+"""SparseLoRA: a low-rank update that lives under the pruning mask, on PEFT's plumbing.
+
+    y = x W_effᵀ + b        W_eff = (W + s B A) ⊙ M        s = alpha / rank
+
+Merging is exact: W becomes W_eff and every zero of the mask stays a zero. Autograd left alone
+would store W_eff and BA for every layer, a second model; `_MaskedLinear` stores neither.
+
+Shape letters: N tokens (all leading dimensions), O output features, I input features, R rank,
+P bytes of one packed mask row (I / 8, rounded up).
+
+Source: RESSA, arXiv:2404.02424, section 3.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from jobs.errors import ModelError
+
+ADAPTER = "default"
+_CHUNK_ELEMENTS = 2**22
+"""Weights per row chunk of the weight gradient: 16 MiB in fp32. Fixed, so that sums repeat."""
+
+
+def add_sparse_lora(
+    model: nn.Module, masks: Mapping[str, Tensor], *, rank: int, alpha: float, seed: int
+) -> PeftModel:
+    """Give every masked linear layer an adapter, in place, and freeze everything else.
+
+    Args:
+        model: kept as it is apart from the masked layers, which become `SparseLoraLinear`.
+        masks: layer name to bool (O, I), True is kept.
+        seed: of the adapters' initial A. B starts at zero, so the output is the pruned model's.
+
+    Returns:
+        PEFT's wrapper around `model`: for `merge_sparse_lora`, or to save adapters.
+
+    Raises:
+        ModelError: a mask that fits no linear layer of the model.
+    """
+    for name, mask_OI in masks.items():
+        _check_fits(model, name, mask_OI)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        # A list would match suffixes too: "layers.0.fc1" is also a part of "vision.layers.0.fc1".
+        target_modules="|".join(re.escape(name) for name in masks),
+    )
+    # PEFT's own door for foreign layer classes, asked before its built-in ones. The alternatives
+    # are worse: swapping layers afterwards leaves PEFT's bookkeeping behind, and a LoraVariant
+    # cannot avoid the base layer's product.
+    config._register_custom_module({nn.Linear: SparseLoraLinear})
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        wrapped = get_peft_model(model, config, ADAPTER, autocast_adapter_dtype=False)
+    for name, mask_OI in masks.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, SparseLoraLinear)
+        layer.set_mask(mask_OI)
+    return wrapped
+
+
+def merge_sparse_lora(wrapped: PeftModel) -> nn.Module:
+    """Write W_eff into the layers and drop the adapters, in place: plain nn.Linear again.
+
+    The output does not change by a bit: the merged weight is the one the forward computed with.
+    """
+    merged: nn.Module = wrapped.merge_and_unload()
+    return merged
+
+
+def _check_fits(model: nn.Module, name: str, mask_OI: Tensor) -> None:
+    try:
+        layer = model.get_submodule(name)
+    except AttributeError:
+        layer = None
+    if type(layer) is not nn.Linear:
+        found = "nothing" if layer is None else type(layer).__name__
+        raise ModelError(f"repair: the mask of {name} needs a linear layer there, found {found}")
+    if mask_OI.shape != layer.weight.shape or mask_OI.dtype != torch.bool:
+        raise ModelError(
+            f"repair: the mask of {name} is {mask_OI.dtype} {tuple(mask_OI.shape)}, "
+            f"the layer needs torch.bool {tuple(layer.weight.shape)}"
+        )
+
+
+class SparseLoraLinear(LoraLinear):  # type: ignore[misc]
+    """PEFT's LoRA layer, computing under a mask. One adapter, no dropout, no variants."""
+
+    packed_mask: Tensor
+    """uint8, (O, P)."""
+
+    def set_mask(self, mask_OI: Tensor) -> None:
+        """One bit per weight; the pruned model's file, not the adapter's, says what is zero."""
+        packed_OP = pack_mask(mask_OI.to(self.base_layer.weight.device))
+        self.register_buffer("packed_mask", packed_OP, persistent=False)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters or self.merged:
+            return self.base_layer(x)  # type: ignore[no-any-return]
+        A_RI, B_OR = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
+        return _MaskedLinear.apply(x, A_RI, B_OR, self)  # type: ignore[no-any-return,no-untyped-call]
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """PEFT calls this from `merge_and_unload`. `safe_merge` raises on NaN or infinity."""
+        A_RI, B_OR = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
+        with torch.no_grad():
+            weight_OI = effective_weight(self, A_RI, B_OR)
+            if safe_merge and not weight_OI.isfinite().all():
+                raise ValueError("the merged weight has NaN or infinite entries")
+            self.base_layer.weight.copy_(weight_OI)
+        self.merged_adapters.append(ADAPTER)
+
+    def unmerge(self) -> None:
+        raise NotImplementedError("the pruned positions' values are gone after a merge")
+
+
+def pack_mask(mask_OI: Tensor) -> Tensor:
+    """Bool (O, I) to uint8 (O, P), input 0 in the lowest bit of byte 0."""
+    padded = nn.functional.pad(mask_OI, (0, -mask_OI.shape[1] % 8))
+    bits_OP8 = padded.reshape(len(mask_OI), -1, 8)
+    return (bits_OP8 * _bit_values(mask_OI.device)).sum(2, dtype=torch.uint8)
+
+
+def dropped_weights(packed_OP: Tensor, num_inputs: int) -> Tensor:
+    """The complement of the packed mask: bool (O, I), True is zero."""
+    bits = packed_OP.unsqueeze(2) & _bit_values(packed_OP.device)
+    dropped_OI: Tensor = (bits == 0).flatten(1)[:, :num_inputs]
+    return dropped_OI
+
+
+def _bit_values(device: torch.device) -> Tensor:
+    return 2 ** torch.arange(8, dtype=torch.uint8, device=device)
+
+
+def effective_weight(layer: SparseLoraLinear, A_RI: Tensor, B_OR: Tensor) -> Tensor:
+    """(W + s B A) ⊙ M in the weight's type: forward, backward and merge share its bits."""
+    weight_OI = layer.base_layer.weight
+    scale = layer.scaling[ADAPTER]
+    dense_OI = torch.addmm(weight_OI, B_OR.to(weight_OI), A_RI.to(weight_OI), alpha=scale)
+    # not a product with M: that would keep a NaN, and leave -0.0
+    return dense_OI.masked_fill_(dropped_weights(layer.packed_mask, weight_OI.shape[1]), 0)
+
+
+class _MaskedLinear(torch.autograd.Function):
+    """x W_effᵀ + b, keeping x, A and B for backward and nothing of the weight's size.
+
+    The layer itself rides along, because ZeRO-3 gives its weight away after the forward and
+    brings it back before the backward: the weight must be read when it is needed.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, A_RI: Tensor, B_OR: Tensor, layer: SparseLoraLinear) -> Tensor:
+        ctx.save_for_backward(x, A_RI, B_OR)
+        ctx.layer = layer
+        return nn.functional.linear(x, effective_weight(layer, A_RI, B_OR), layer.base_layer.bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
+        x, A_RI, B_OR = ctx.saved_tensors
+        needs_x = ctx.needs_input_grad[0]  # not so below the first adapter
+        grad_x = grad @ effective_weight(ctx.layer, A_RI, B_OR) if needs_x else None
+        grad_A, grad_B = _adapter_gradients(
+            x.flatten(0, -2), grad.flatten(0, -2), A_RI, B_OR, ctx.layer
+        )
+        return grad_x, grad_A, grad_B, None
+
+
+def _adapter_gradients(
+    x_NI: Tensor, grad_NO: Tensor, A_RI: Tensor, B_OR: Tensor, layer: SparseLoraLinear
+) -> tuple[Tensor, Tensor]:
+    """dA and dB through G = (dYᵀ X) ⊙ M, which exists a few rows at a time."""
+    num_outputs, num_inputs = grad_NO.shape[1], x_NI.shape[1]
+    scale = layer.scaling[ADAPTER]
+    A, B = A_RI.to(x_NI), B_OR.to(x_NI)
+    sums = torch.float32 if x_NI.dtype in (torch.bfloat16, torch.float16) else x_NI.dtype
+    grad_A = torch.zeros_like(A, dtype=sums)
+    grad_B = torch.empty_like(B)
+    num_rows = max(1, _CHUNK_ELEMENTS // num_inputs)
+    for start in range(0, num_outputs, num_rows):
+        rows = slice(start, start + num_rows)
+        G = grad_NO[:, rows].T @ x_NI
+        G.masked_fill_(dropped_weights(layer.packed_mask[rows], num_inputs), 0)
+        torch.mm(G, A.T, out=grad_B[rows])
+        grad_A += B[rows].T @ G
+    return (scale * grad_A).to(A_RI), (scale * grad_B).to(B_OR)
