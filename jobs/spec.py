@@ -1,0 +1,201 @@
+"""What a job is: one point of a sweep's grid, frozen, resolved, with a key.
+
+Every setting stands here once, with its default and its meaning. A person writes some of them in
+YAML (`jobs/sweep.py`); what runs is always a `JobSpec`. Values that cannot change a number (where
+a file lies, how many CPUs) are left out of the key.
+"""
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+
+from jobs.methods import MethodSpec
+from jobs.pattern import Pattern
+
+Tower = Literal["vision", "language"]
+TOWERS: tuple[Tower, ...] = ("vision", "language")
+
+SHIPPED_DATASETS = ("easy-vqa", "python-docs")
+
+
+class Spec(BaseModel):
+    """Frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _shorthand(field: str) -> BeforeValidator:
+    """Let a bare string stand for a mapping with only `field` set."""
+    return BeforeValidator(lambda value: {field: value} if isinstance(value, str) else value)
+
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class ModelSpec(Spec):
+    name: str = Field(min_length=1)
+    """`demo`, a folder in Hugging Face layout, or a hub name such as `org/model`."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    trust_remote_code: bool = False
+    """Run Python that comes with the model. Off unless you have read it."""
+    fingerprint: str | None = None
+    """Hash of the weights and the config. Filled in by the plan."""
+
+
+class DatasetSpec(Spec):
+    format: Literal["easy-vqa", "python-docs", "llava", "vqa", "text"]
+    """`easy-vqa` and `python-docs` need no download. `llava`: a JSON list of {image,
+    conversations}. `vqa`: a JSON list (or JSON lines) of {image, question, answer}. `text`: a text
+    file or a folder of them."""
+    path: str | None = None
+    """File (llava, vqa) or file or folder (text). Relative to the sweep file."""
+    images: str | None = None
+    """Folder that the image names are relative to; default: the folder of `path`."""
+    fingerprint: str | None = None
+    """Hash of the annotations. Filled in by the plan."""
+
+    @property
+    def label(self) -> str:
+        """Short name for tables: the format, or the file's stem."""
+        stem = self.path.rstrip("/").rsplit("/", 1)[-1].rsplit(".", 1)[0] if self.path else ""
+        return stem or self.format
+
+    @property
+    def is_text(self) -> bool:
+        """Plain text without images or answers."""
+        return self.format in ("text", "python-docs")
+
+
+Dataset = Annotated[DatasetSpec, _shorthand("format")]
+
+
+class CalibrationSpec(Spec):
+    dataset: Dataset = DatasetSpec(format="easy-vqa")
+    num_samples: int = Field(default=128, ge=1)
+    """Image-text pairs (or text windows) run through the model. More steadies the Hessian."""
+    sequence_length: int = Field(default=512, ge=8)
+    """Tokens per window of plain text."""
+    propagate: Literal["pruned", "dense"] = "pruned"
+    """Which activations a block is calibrated on: those that passed through the pruned blocks
+    before it (the papers), or the dense model's, computed once for the whole grid."""
+    visual_weight: float = Field(default=1.0, ge=0)
+    """Weight of the visual tokens in the language tower's statistics; text tokens count 1."""
+
+
+class PruneSpec(Spec):
+    method: MethodSpec
+    pattern: str = "unstructured"
+    """`unstructured`, or `N:M`: N weights kept of every M consecutive inputs."""
+    sparsity: dict[Tower, Fraction]
+    """Fraction of zeros asked of each tower's layers. A tower not named keeps its weights."""
+
+    @field_validator("pattern")
+    @classmethod
+    def _pattern_parses(cls, value: str) -> str:
+        return str(Pattern.parse(value))
+
+
+class RepairSpec(Spec):
+    method: Literal["sparse_lora"] = "sparse_lora"
+    """Low-rank update under the pruning mask: W_eff = (W + s BA) * M (RESSA, section 3)."""
+    rank: int = Field(default=8, ge=1)
+    alpha: float = Field(default=16.0, gt=0)
+    """The update is scaled by alpha / rank."""
+    num_steps: int = Field(default=200, ge=1)
+    """Optimizer steps."""
+    batch_size: int = Field(default=32, ge=1)
+    """Samples per optimizer step, over all workers."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Peak; cosine to zero after the warm-up."""
+    warmup_fraction: Fraction = 0.05
+    weight_decay: float = Field(default=0.0, ge=0)
+    distill: float = Field(default=0.1, ge=0, le=1)
+    """Weight of the KL term to the dense model's answers; 1 - distill is the task loss's."""
+    temperature: float = Field(default=1.0, gt=0)
+    train_projector: bool = True
+    """Train the projector's weights too (it is not pruned)."""
+    dataset: Dataset | None = None
+    """Default: the calibration's dataset."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    num_workers: int = Field(default=1, ge=1)
+    checkpoint_every: int = Field(default=50, ge=1)
+    """Steps between checkpoints: what a kill costs at most."""
+
+
+class BenchmarkSpec(Spec):
+    dataset: Dataset
+    num_items: int | None = Field(default=None, ge=1)
+    """Evenly spaced items of the test split; default: all."""
+    max_new_tokens: int = Field(default=16, ge=1)
+    """Answers are cut here. Image benchmarks only."""
+    sequence_length: int = Field(default=512, ge=8)
+    """Tokens per window of plain text."""
+    batch_size: int = Field(default=64, ge=1)
+
+    @property
+    def label(self) -> str:
+        return self.dataset.label
+
+
+class Resources(Spec):
+    """What one Train worker gets. Changes no number, so it is not part of a job's key."""
+
+    num_workers: int = Field(default=1, ge=1)
+    """Train workers of a job without repair: calibration and evaluation are split over them."""
+    cpus_per_worker: int = Field(default=1, ge=1)
+    """Also the number of threads torch uses in each worker."""
+    gpus_per_worker: float = Field(default=0, ge=0)
+    memory_gib_per_worker: float | None = Field(default=None, gt=0)
+
+
+class JobSpec(Spec):
+    """One grid point. `prune` is None for the dense model, which is a job of its own."""
+
+    sweep: str
+    model: ModelSpec
+    calibration: CalibrationSpec
+    prune: PruneSpec | None = None
+    repair: RepairSpec | None = None
+    evaluate: tuple[BenchmarkSpec, ...]
+    seed: int = 0
+    resources: Resources = Resources()
+
+    @property
+    def key(self) -> str:
+        """Content hash, the same on every machine: 16 hex digits."""
+        settings = self.model_dump(mode="json")
+        for not_a_number in ("sweep", "resources"):
+            settings.pop(not_a_number)
+        if self.prune is None:
+            settings.pop("calibration")
+        return content_key(_without_locations(settings))
+
+    @property
+    def num_workers(self) -> int:
+        return self.repair.num_workers if self.repair else self.resources.num_workers
+
+
+def content_key(value: Any) -> str:
+    """Hash of a JSON value: 16 hex digits of SHA-256 over its canonical form."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def settings_of(spec: Spec) -> Any:
+    """The settings of a part of a job that can change its numbers, as a JSON value."""
+    return _without_locations(spec.model_dump(mode="json"))
+
+
+def _without_locations(value: Any) -> Any:
+    """Replace what says where a model or dataset lies by what it contains (its fingerprint)."""
+    if isinstance(value, dict):
+        if value.get("fingerprint"):
+            kept = {"fingerprint", "trust_remote_code", "format"} & value.keys()
+            return {name: value[name] for name in kept}
+        return {name: _without_locations(child) for name, child in value.items()}
+    if isinstance(value, list):
+        return [_without_locations(child) for child in value]
+    return value

@@ -1,0 +1,149 @@
+"""From samples to what a model eats: prompts, answers to learn, batches.
+
+A prompt is rendered by the model's own chat template; a model without one gets the form LLaVA-1.5
+was trained on.
+
+Shape letters: T tokens, C channels, H height, W width.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jobs.errors import ModelError
+from workers.data import Sample
+from workers.models import VisionLanguageModel
+
+IGNORED_LABEL = -100
+
+
+class Encoder:
+    """Turns samples into tensors for one model."""
+
+    def __init__(self, model: VisionLanguageModel) -> None:
+        self.processor = model.processor
+        self.tokenizer = model.tokenizer
+        self.has_template = bool(
+            getattr(self.processor, "chat_template", None)
+            or getattr(self.tokenizer, "chat_template", None)
+        )
+        self.takes_images = self.processor is not self.tokenizer
+        self.pad_id: int = (
+            self.tokenizer.pad_token_id
+            if self.tokenizer.pad_token_id is not None
+            else self.tokenizer.eos_token_id
+        )
+
+    def render(self, sample: Sample, *, num_answers: int) -> str:
+        """The conversation with its first `num_answers` answers; then the next question, if any."""
+        turns = sample.turns[: num_answers + 1]
+        asks = len(turns) > num_answers
+        if not self.has_template:
+            return self._llava_1_5(sample, turns, asks)
+        messages: list[dict[str, Any]] = []
+        for index, (question, answer) in enumerate(turns):
+            content: list[dict[str, str]] = [{"type": "text", "text": question}]
+            if index == 0 and sample.image is not None:
+                content.insert(0, {"type": "image"})
+            messages.append({"role": "user", "content": content if self.takes_images else question})
+            if index < num_answers:
+                said: Any = [{"type": "text", "text": answer}] if self.takes_images else answer
+                messages.append({"role": "assistant", "content": said})
+        return str(
+            self.processor.apply_chat_template(messages, add_generation_prompt=asks, tokenize=False)
+        )
+
+    def _llava_1_5(self, sample: Sample, turns: Sequence[tuple[str, str]], asks: bool) -> str:
+        text = ""
+        for index, (question, answer) in enumerate(turns):
+            picture = "<image>\n" if index == 0 and sample.image is not None else ""
+            text += f"USER: {picture}{question} ASSISTANT:"
+            if not asks or index < len(turns) - 1:
+                text += f" {answer}{self.tokenizer.eos_token}"
+        return text
+
+    def prompts(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        """The last question of each sample as a left-padded batch, ready to generate from."""
+        self.tokenizer.padding_side = "left"
+        texts = [self.render(sample, num_answers=len(sample.turns) - 1) for sample in samples]
+        return self._process(texts, [sample.load_image() for sample in samples], padding=True)
+
+    def supervised(self, sample: Sample) -> dict[str, Tensor]:
+        """One conversation to learn: `labels` holds the answers and is -100 elsewhere.
+
+        Returns:
+            input_ids, attention_mask, labels: int64, (T,). pixel_values: float, (C, H, W), if the
+            sample has an image.
+
+        Raises:
+            ModelError: a chat template that renders a conversation differently once it goes on.
+        """
+        if sample.text:
+            encoded = self.tokenizer(sample.text, return_tensors="pt")
+            ids = encoded["input_ids"][0]
+            return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+        image = sample.load_image()
+        whole = self._process([self.render(sample, num_answers=len(sample.turns))], [image])
+        ids = whole["input_ids"][0]
+        labels = torch.full_like(ids, IGNORED_LABEL)
+        for index in range(len(sample.turns)):
+            start = self._prefix_length(sample, index, image, ids)
+            end = (
+                len(ids)
+                if index == len(sample.turns) - 1
+                else self._answer_end(sample, index, image)
+            )
+            labels[start:end] = ids[start:end]
+        single = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        if "pixel_values" in whole:
+            single["pixel_values"] = whole["pixel_values"][0]
+        return single
+
+    def _prefix_length(self, sample: Sample, num_answers: int, image: Any, ids: Tensor) -> int:
+        prefix = self._process([self.render(sample, num_answers=num_answers)], [image])
+        length = prefix["input_ids"].shape[1]
+        if not torch.equal(prefix["input_ids"][0], ids[:length]):
+            raise ModelError(
+                "the model's chat template does not render a question the same way before and "
+                "after its answer, so the answer's tokens cannot be told apart"
+            )
+        return int(length)
+
+    def _answer_end(self, sample: Sample, index: int, image: Any) -> int:
+        answered = Sample(image=sample.image, turns=sample.turns[: index + 1])
+        text = self.render(answered, num_answers=index + 1)
+        return int(self._process([text], [image])["input_ids"].shape[1])
+
+    def _process(
+        self, texts: list[str], images: Sequence[Any], *, padding: bool = False
+    ) -> dict[str, Tensor]:
+        options: dict[str, Any] = {"padding": padding, "return_tensors": "pt"}
+        if self.has_template:
+            options["add_special_tokens"] = False  # the template has written them
+        present = [image for image in images if image is not None]
+        if self.takes_images:
+            return dict(self.processor(images=present or None, text=texts, **options))
+        return dict(self.tokenizer(texts, **options))
+
+
+def text_windows(encoder: Encoder, text: str, length: int) -> list[Tensor]:
+    """Non-overlapping windows of `length` tokens, int64, (T,); a shorter rest is left out."""
+    ids = encoder.tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
+    return [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
+
+
+def collate(samples: Sequence[dict[str, Tensor]], pad_id: int) -> dict[str, Tensor]:
+    """Pad single samples on the right to one batch: (B, T); images are stacked, (B, C, H, W)."""
+    fill = {"input_ids": pad_id, "attention_mask": 0, "labels": IGNORED_LABEL}
+    batch = {
+        name: torch.nn.utils.rnn.pad_sequence(
+            [sample[name] for sample in samples], batch_first=True, padding_value=value
+        )
+        for name, value in fill.items()
+    }
+    pictures = [sample["pixel_values"] for sample in samples if "pixel_values" in sample]
+    if pictures:
+        batch["pixel_values"] = torch.stack(pictures)
+    return batch

@@ -1,0 +1,329 @@
+"""Prune a model block by block, vision before language, and be able to go on after a kill.
+
+Shape letters: O output features, I input features.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import load, load_file, save, save_file
+from torch import Tensor
+
+from jobs.crash import crash_point
+from jobs.errors import ModelError, StorageError
+from jobs.pattern import Pattern, Target
+from jobs.spec import CalibrationSpec, PruneSpec, Tower
+from workers.calibrate import Tap, TowerWalk
+from workers.context import Context
+from workers.methods import prune_shared
+from workers.models import Layer, VisionLanguageModel
+from workers.statistics import Statistics
+
+MASKS_FILE = "masks.safetensors"
+REPORT_FILE = "pruning.json"
+STATISTICS_TENSORS = ("gram_II", "sum_I", "counts")
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What pruning did to one layer."""
+
+    name: str
+    tower: Tower
+    sparsity: float
+    """Fraction of weights dropped."""
+    layer_error: float | None
+    """|X dW^T|^2 / |X W^T|^2 on the calibration inputs; null without statistics."""
+    damping: float | None
+    """Share added to the Hessian's diagonal; null where none was factored."""
+
+
+def check_shapes(model: VisionLanguageModel, spec: PruneSpec) -> None:
+    """Raise ModelError for a layer that the pattern does not fit or a tower that is not there."""
+    pattern = Pattern.parse(spec.pattern)
+    for tower in spec.sparsity:
+        if tower not in model.towers:
+            raise ModelError(f"the model has no {tower} tower; it has {', '.join(model.towers)}")
+        for layer in model.layers(tower):
+            try:
+                pattern.check_inputs(layer.linear.in_features, layer.name)
+            except ValueError as error:
+                raise ModelError(str(error)) from error
+
+
+def prune_sequentially(
+    model: VisionLanguageModel,
+    spec: PruneSpec,
+    calibration: CalibrationSpec,
+    batches: Sequence[dict[str, Tensor]],
+    ctx: Context,
+    *,
+    key: str,
+) -> tuple[dict[str, Tensor], list[LayerReport]]:
+    """Prune in place, each block calibrated on activations that passed the pruned ones before it.
+
+    Every finished block is kept under the stage's `key`; the next attempt takes it up from there.
+
+    Returns:
+        The masks (bool, (O, I), True is kept) by layer name, and a report per layer.
+    """
+    finished = _FinishedBlocks(ctx, key)
+    needs_statistics = spec.method.needs_statistics
+    masks: dict[str, Tensor] = {}
+    reports: list[LayerReport] = []
+    num_blocks = sum(len(model.blocks(tower)) for tower in _towers(model, spec))
+    for tower in _towers(model, spec):
+        with ctx.timed("calibrate"):
+            walk = TowerWalk(model, tower, batches, ctx) if needs_statistics else None
+        for index in range(len(model.blocks(tower))):
+            layers = [layer for layer in model.layers(tower) if layer.block == index]
+            restored = finished.restore(tower, index, layers)
+            if restored is None:
+                with ctx.timed("calibrate"):
+                    taps = walk.statistics() if walk else [Tap((layer,), {}) for layer in layers]
+                restored = prune_taps(taps, spec, calibration, ctx)
+                finished.keep(tower, index, layers, restored)
+                crash_point(f"prune-{tower}-{index}")
+            masks |= restored[0]
+            reports += restored[1]
+            if walk and index + 1 < len(walk.blocks):
+                with ctx.timed("calibrate"):
+                    walk.advance()
+            ctx.progress("prune", len({r.name.rsplit(".", 2)[0] for r in reports}), num_blocks)
+    return masks, reports
+
+
+def prune_from_statistics(
+    model: VisionLanguageModel,
+    spec: PruneSpec,
+    calibration: CalibrationSpec,
+    statistics_folder: Path,
+    ctx: Context,
+) -> tuple[dict[str, Tensor], list[LayerReport]]:
+    """Prune in place from the dense model's statistics: a solve per layer, no forward pass."""
+    masks: dict[str, Tensor] = {}
+    reports: list[LayerReport] = []
+    for tower in _towers(model, spec):
+        for index in range(len(model.blocks(tower))):
+            layers = {layer.name: layer for layer in model.layers(tower) if layer.block == index}
+            taps = load_taps(statistics_folder / f"{tower}-{index:03d}.safetensors", layers, ctx)
+            block_masks, block_reports = prune_taps(taps, spec, calibration, ctx)
+            masks |= block_masks
+            reports += block_reports
+            ctx.progress("prune", index + 1, len(model.blocks(tower)))
+    return masks, reports
+
+
+def collect_dense_statistics(
+    model: VisionLanguageModel, batches: Sequence[dict[str, Tensor]], ctx: Context, folder: Path
+) -> None:
+    """Write the dense model's statistics of every block to `folder`, a file per block."""
+    for tower in model.towers:
+        walk = TowerWalk(model, tower, batches, ctx)
+        for index in range(len(walk.blocks)):
+            taps = walk.statistics(advance=True)
+            if ctx.rank == 0:
+                save_taps(taps, folder / f"{tower}-{index:03d}.safetensors")
+            ctx.progress(f"calibrate {tower}", index + 1, len(walk.blocks))
+
+
+def save_taps(taps: Sequence[Tap], file: Path) -> None:
+    """One safetensors file: tensors `TAP/MODALITY/NAME`, the taps' layer names as metadata."""
+    tensors = {
+        f"{number}/{modality}/{name}": tensor.contiguous()
+        for number, tap in enumerate(taps)
+        for modality, part in tap.statistics.items()
+        for name, tensor in part.to_tensors().items()
+    }
+    names = [[layer.name for layer in tap.layers] for tap in taps]
+    save_file(tensors, file, metadata={"taps": json.dumps(names)})
+
+
+def load_taps(file: Path, layers: dict[str, Layer], ctx: Context) -> list[Tap]:
+    """Read what `save_taps` wrote."""
+    with safe_open(file, framework="pt") as opened:
+        names: list[list[str]] = json.loads(opened.metadata()["taps"])
+    tensors = load_file(file, device=str(ctx.device))
+    taps = []
+    for number, layer_names in enumerate(names):
+        statistics = {
+            modality: Statistics.from_tensors(
+                {name: tensors[f"{number}/{modality}/{name}"] for name in STATISTICS_TENSORS}
+            )
+            for modality in ("text", "visual")
+        }
+        taps.append(Tap(tuple(layers[name] for name in layer_names), statistics))
+    return taps
+
+
+def prune_taps(
+    taps: Sequence[Tap], spec: PruneSpec, calibration: CalibrationSpec, ctx: Context
+) -> tuple[dict[str, Tensor], list[LayerReport]]:
+    """Prune the layers of one block in place. Workers share the taps out among themselves."""
+    masks: dict[str, Tensor] = {}
+    reports: list[LayerReport] = []
+    for number, tap in enumerate(taps):
+        owner = number % ctx.world
+        if ctx.rank == owner:
+            solved = _prune_tap(tap, spec, calibration)
+        else:
+            solved = {
+                layer.name: (torch.empty_like(layer.linear.weight, dtype=torch.bool), None)
+                for layer in tap.layers
+            }
+        for layer in tap.layers:
+            keep_OI, report = solved[layer.name]
+            if ctx.world > 1:
+                bits = keep_OI.to(torch.uint8)
+                dist.broadcast(bits, src=owner)
+                dist.broadcast(layer.linear.weight.data, src=owner)
+                keep_OI = bits.bool()
+                box = [report]
+                dist.broadcast_object_list(box, src=owner)
+                report = box[0]
+            assert report is not None
+            masks[layer.name] = keep_OI
+            reports.append(report)
+    return masks, reports
+
+
+def _prune_tap(
+    tap: Tap, spec: PruneSpec, calibration: CalibrationSpec
+) -> dict[str, tuple[Tensor, LayerReport | None]]:
+    statistics = tap.mixed(calibration.visual_weight)
+    target = Target(spec.sparsity[tap.layers[0].tower], Pattern.parse(spec.pattern))
+    pruned = prune_shared(
+        [layer.linear.weight.data for layer in tap.layers],
+        statistics,
+        target,
+        spec.method,
+        where=tap.layers[0].name,
+    )
+    solved: dict[str, tuple[Tensor, LayerReport | None]] = {}
+    for layer, result in zip(tap.layers, pruned, strict=True):
+        before_OI = layer.linear.weight.data
+        report = LayerReport(
+            name=layer.name,
+            tower=layer.tower,
+            sparsity=1 - int(result.keep_OI.count_nonzero()) / result.keep_OI.numel(),
+            layer_error=_layer_error(before_OI, result.weight_OI, statistics),
+            damping=result.damping_used,
+        )
+        layer.linear.weight.data = result.weight_OI
+        solved[layer.name] = (result.keep_OI, report)
+    return solved
+
+
+def _layer_error(
+    before_OI: Tensor, after_OI: Tensor, statistics: Statistics | None
+) -> float | None:
+    if statistics is None:
+        return None
+    dense_OI = before_OI.float()
+    change_OI = after_OI.float() - dense_OI
+    energy = ((dense_OI @ statistics.gram_II) * dense_OI).sum()
+    lost = ((change_OI @ statistics.gram_II) * change_OI).sum()
+    return float(lost / energy) if energy > 0 else None
+
+
+def _towers(model: VisionLanguageModel, spec: PruneSpec) -> list[Tower]:
+    """The towers to prune, in the order they run, so that language sees pruned vision."""
+    return [tower for tower in model.towers if spec.sparsity.get(tower, 0) > 0]
+
+
+class _FinishedBlocks:
+    """The blocks that an earlier attempt at this stage has pruned, in the storage."""
+
+    def __init__(self, ctx: Context, key: str) -> None:
+        self.ctx = ctx
+        self.folder = f"work/{key}"
+
+    def keep(
+        self,
+        tower: Tower,
+        index: int,
+        layers: Sequence[Layer],
+        done: tuple[dict[str, Tensor], list[LayerReport]],
+    ) -> None:
+        if self.ctx.rank:
+            return
+        masks, reports = done
+        tensors = {f"{layer.name}/weight": layer.linear.weight.data.cpu() for layer in layers}
+        tensors |= {f"{name}/mask": pack_mask(mask) for name, mask in masks.items()}
+        metadata = {"reports": json.dumps([asdict(report) for report in reports])}
+        self.ctx.storage.put(self._path(tower, index), save(tensors, metadata))
+
+    def restore(
+        self, tower: Tower, index: int, layers: Sequence[Layer]
+    ) -> tuple[dict[str, Tensor], list[LayerReport]] | None:
+        """Put the block's finished weights into the model; None where there are none."""
+        path = self._path(tower, index)
+        content = self.ctx.from_rank_0(self._read(path) if self.ctx.rank == 0 else None)
+        if content is None:
+            return None
+        tensors = load(content)
+        header_length = int.from_bytes(content[:8], "little")
+        metadata = json.loads(content[8 : 8 + header_length])["__metadata__"]
+        reports = [LayerReport(**report) for report in json.loads(metadata["reports"])]
+        masks = {}
+        for layer in layers:
+            weight = layer.linear.weight
+            weight.data = tensors[f"{layer.name}/weight"].to(weight)
+            mask = unpack_mask(tensors[f"{layer.name}/mask"], tuple(weight.shape))
+            masks[layer.name] = mask.to(weight.device)
+        return masks, reports
+
+    def _read(self, path: str) -> bytes | None:
+        if not self.ctx.storage.exists(path):
+            return None
+        content = self.ctx.storage.read_bytes(path)
+        try:
+            load(content)
+        except Exception as error:  # safetensors has no public error class for each way to be bad
+            self.ctx.warn(f"{path} is damaged ({error}); the block is pruned again")
+            return None
+        return content
+
+    def _path(self, tower: Tower, index: int) -> str:
+        return f"{self.folder}/{tower}-{index:03d}.safetensors"
+
+
+def pack_mask(keep_OI: Tensor) -> Tensor:
+    """A mask at one bit a weight: uint8, (O, ceil(I / 8)), lowest bit first."""
+    return torch.from_numpy(np.packbits(keep_OI.cpu().numpy(), axis=1, bitorder="little"))
+
+
+def unpack_mask(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The inverse of `pack_mask`: bool, (O, I)."""
+    bits = np.unpackbits(packed.cpu().numpy(), axis=1, count=shape[1], bitorder="little")
+    return torch.from_numpy(bits).bool()
+
+
+def save_report(masks: dict[str, Tensor], reports: Sequence[LayerReport], folder: Path) -> None:
+    """Write `masks.safetensors` and `pruning.json` beside the model."""
+    save_file({name: pack_mask(mask) for name, mask in masks.items()}, folder / MASKS_FILE)
+    layers = [asdict(report) for report in reports]
+    (folder / REPORT_FILE).write_text(json.dumps({"layers": layers}, indent=1))
+
+
+def load_masks(folder: Path, layers: Sequence[Layer]) -> dict[str, Tensor]:
+    """The masks of a pruned model folder by layer name; a layer that was left whole has none.
+
+    Raises:
+        StorageError: the file is missing or damaged.
+    """
+    try:
+        packed = load_file(folder / MASKS_FILE)
+    except Exception as error:
+        raise StorageError(f"{folder / MASKS_FILE} cannot be read: {error}") from error
+    return {
+        layer.name: unpack_mask(packed[layer.name], tuple(layer.linear.weight.shape))
+        for layer in layers
+        if layer.name in packed
+    }

@@ -1,0 +1,209 @@
+"""One job, start to finish: load, calibrate, prune, repair, evaluate, export. Read this file first.
+
+Each stage's output lies in the storage under a key that hashes everything which can change it, so
+a grid computes what its jobs share once, and a job that was killed goes on where it was.
+
+    statistics   of the dense model's inputs; only where calibration propagates dense activations
+    prune        a model folder with zeros, masks, a report per layer: exported as it stands
+    teacher      the dense model's answers on the repair data; only where the repair distils
+    repair       a model folder again, with the same zeros
+    evaluate     scores of the dense, the pruned and the repaired folder, one stage a benchmark
+"""
+
+import json
+import resource
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from jobs.result import JobResult, Score, Weights
+from jobs.spec import BenchmarkSpec, JobSpec, PruneSpec, RepairSpec, settings_of
+from workers.calibrate import calibration_batches
+from workers.context import Context
+from workers.evaluate import SCORE_FIELDS, evaluate
+from workers.locate import locate
+from workers.models import VisionLanguageModel, count_sparsity, load_model, save_model
+from workers.prune import (
+    check_shapes,
+    collect_dense_statistics,
+    prune_from_statistics,
+    prune_sequentially,
+    save_report,
+)
+from workers.stages import Stage, run_stage, stage_key
+
+
+def run_job(job: JobSpec, ctx: Context) -> JobResult:
+    """Run every stage that a job needs and is not there yet.
+
+    Every worker of the job calls it; all return the same result.
+
+    Raises:
+        PrunefleetError: with what went wrong and what to do. Finished stages stay.
+    """
+    return _Job(job, ctx).run()
+
+
+class _Job:
+    """What the stages of one job have in common."""
+
+    def __init__(self, job: JobSpec, ctx: Context) -> None:
+        self.job = job
+        self.ctx = ctx
+        self.folder = locate(job.model)
+        assert job.model.fingerprint is not None, "the plan fills it in"
+        self.fingerprint: str = job.model.fingerprint
+        self.stages: list[Stage] = []
+        self.counted: dict[str, float] = {}
+        """Sparsity of the weights evaluated last, counted from their file."""
+
+    def run(self) -> JobResult:
+        facts: dict[str, Any] = {}
+        scores = self._evaluate("dense", self.folder, self.fingerprint)
+        if self.job.prune is not None:
+            final = self._prune(self.job.prune)
+            scores += self._evaluate("pruned", final.folder, final.key)
+            facts |= _facts_of_pruning(final)
+            if self.job.repair is not None:
+                final = self._repair(self.job.repair, final)
+                scores += self._evaluate("repaired", final.folder, final.key)
+            facts["export"] = f"{self.ctx.storage.url}/{final.path}"
+        facts |= self.counted | _costs(self.stages) | self._environment()
+        return JobResult(self.job.key, "complete", tuple(scores), facts=facts)
+
+    def _prune(self, spec: PruneSpec) -> Stage:
+        calibration = self.job.calibration
+        settings: dict[str, Any] = {"prune": settings_of(spec)}
+        inputs = [self.fingerprint]
+        statistics = None
+        if spec.method.needs_statistics:
+            settings |= {"calibration": settings_of(calibration), "seed": self.job.seed}
+            if calibration.propagate == "dense":
+                statistics = self._statistics()
+                inputs.append(statistics.key)
+        key = stage_key("prune", settings, inputs)
+
+        def build(folder: Path) -> dict[str, Any]:
+            model = self._load(self.folder)
+            check_shapes(model, spec)
+            if statistics is None:
+                batches = self._batches(model) if spec.method.needs_statistics else []
+                masks, reports = prune_sequentially(
+                    model, spec, calibration, batches, self.ctx, key=key
+                )
+            else:
+                masks, reports = prune_from_statistics(
+                    model, spec, calibration, statistics.folder, self.ctx
+                )
+            if self.ctx.rank == 0:
+                with self.ctx.timed("export"):
+                    save_model(model, folder)
+                    save_report(masks, reports, folder)
+            return {"layers": [asdict(report) for report in reports]}
+
+        return self._run("prune", key, build)
+
+    def _statistics(self) -> Stage:
+        """The dense model's statistics: one for all jobs, whatever modality mix they want."""
+        calibration = self.job.calibration.model_copy(update={"visual_weight": 1.0})
+        settings = {"calibration": settings_of(calibration), "seed": self.job.seed}
+
+        def build(folder: Path) -> dict[str, Any]:
+            model = self._load(self.folder)
+            with self.ctx.timed("calibrate"):
+                collect_dense_statistics(model, self._batches(model), self.ctx, folder)
+            return {}
+
+        return self._run("statistics", stage_key("statistics", settings, [self.fingerprint]), build)
+
+    def _batches(self, model: VisionLanguageModel) -> list[dict[str, torch.Tensor]]:
+        with self.ctx.timed("calibrate"):
+            return calibration_batches(model, self.job.calibration, self.job.seed, self.ctx)
+
+    def _repair(self, spec: RepairSpec, pruned: Stage) -> Stage:
+        raise NotImplementedError
+
+    def _evaluate(self, weights: Weights, folder: Path, input_key: str) -> list[Score]:
+        scores = []
+        for spec in self.job.evaluate:
+            stage = self._benchmark(spec, folder, input_key)
+            measured = {name: stage.info[name] for name in SCORE_FIELDS}
+            scores.append(Score(weights=weights, benchmark=spec.label, **measured))
+            self.counted = stage.info["counted"]
+        return scores
+
+    def _benchmark(self, spec: BenchmarkSpec, folder: Path, input_key: str) -> Stage:
+        def build(output: Path) -> dict[str, Any]:
+            model = self._load(folder)
+            return evaluate(model, spec, self.ctx, output) | {"counted": count_sparsity(model)}
+
+        return self._run("evaluate", stage_key("evaluate", settings_of(spec), [input_key]), build)
+
+    def _run(self, name: str, key: str, build: Callable[[Path], dict[str, Any]]) -> Stage:
+        stage = run_stage(self.ctx, name, key, build)
+        self.stages.append(stage)
+        return stage
+
+    def _load(self, folder: Path) -> VisionLanguageModel:
+        with self.ctx.timed("load"):
+            return load_model(
+                folder,
+                device=self.ctx.device,
+                trust_remote_code=self.job.model.trust_remote_code,
+            )
+
+    def _environment(self) -> dict[str, Any]:
+        peaks = self.ctx.gather(_peak_memory_gib(self.ctx.device))
+        on_gpu = self.ctx.device.type == "cuda"
+        return {
+            "peak_memory_gib": max(peaks),
+            "device": torch.cuda.get_device_name(self.ctx.device) if on_gpu else "cpu",
+            "num_workers": self.ctx.world,
+            "warnings": "; ".join(self.ctx.warnings) or None,
+        }
+
+
+def _facts_of_pruning(pruned: Stage) -> dict[str, Any]:
+    layers = pruned.info["layers"]
+    dampings = [layer["damping"] for layer in layers if layer["damping"] is not None]
+    errors = [layer["layer_error"] for layer in layers if layer["layer_error"] is not None]
+    return {
+        "damping_max": max(dampings, default=None),
+        "layer_error_mean": fmean(errors) if errors else None,
+    }
+
+
+def _costs(stages: list[Stage]) -> dict[str, Any]:
+    """What each activity took when its stage was built, and what this attempt built itself."""
+    parts = {"load": 0.0, "calibrate": 0.0, "export": 0.0}
+    own = {"statistics": 0.0, "prune": 0.0, "teacher": 0.0, "repair": 0.0, "evaluate": 0.0}
+    for stage in stages:
+        rest = stage.seconds["total"]
+        for part in parts:
+            parts[part] += stage.seconds.get(part, 0.0)
+            rest -= stage.seconds.get(part, 0.0)
+        own[stage.name] += rest
+    seconds = parts | {name: own[name] for name in ("prune", "evaluate")}
+    seconds["repair"] = own["repair"] + own["teacher"]
+    seconds["calibrate"] += own["statistics"]
+    return {
+        **{f"seconds_{name}": value for name, value in seconds.items()},
+        "seconds_computing": sum(s.seconds["total"] for s in stages if not s.cached),
+        "stages": json.dumps(
+            [
+                {"stage": s.name, "key": s.key, "seconds": s.seconds["total"], "cached": s.cached}
+                for s in stages
+            ]
+        ),
+    }
+
+
+def _peak_memory_gib(device: torch.device) -> float:
+    """Of this process: GPU memory on a GPU, else resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
