@@ -1,0 +1,418 @@
+"""Repair of a pruned model: train SparseLoRA adapters under DeepSpeed, merge them, keep the zeros.
+
+One step, whatever the number of workers: a global batch is chosen by seed and step alone, every
+rank takes its slice, and the loss is divided by the answer tokens of the whole batch. So one
+worker and four differ by rounding only.
+
+Shape letters: N answer tokens, V vocabulary.
+"""
+
+import atexit
+import math
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch._C._distributed_c10d import HashStore
+
+from jobs.errors import DataError, NumericError
+from jobs.spec import RepairSpec
+from workers.context import Context
+from workers.encode import IGNORED_LABEL, collate
+from workers.lora import SparseLoraLinear, add_sparse_lora, merge_sparse_lora
+from workers.teacher import Targets, answer_logits, kl_to_teacher, rows_of
+
+Samples = Sequence[dict[str, Tensor]]
+
+PERSISTENT_BELOW = 10_000
+"""ZeRO-3 leaves parameters with fewer elements (norms, biases) whole on every worker."""
+
+
+@dataclass(frozen=True)
+class RepairReport:
+    """How the training went. One entry per step, those before an interruption included."""
+
+    task_losses: tuple[float, ...]
+    """Cross-entropy per answer token, in nats."""
+    distill_losses: tuple[float, ...]
+    """τ² KL per answer token; empty without distillation."""
+    resumed_at: int | None
+    """The step of the checkpoint that this attempt went on from."""
+
+
+def repair(
+    model: nn.Module,
+    masks: Mapping[str, Tensor],
+    samples: Samples,
+    spec: RepairSpec,
+    ctx: Context,
+    *,
+    stage: str,
+    seed: int,
+    pad_id: int,
+    projector: str | None = None,
+    targets: Targets | None = None,
+    micro_batch: int = 8,
+) -> RepairReport:
+    """Train and merge, in place: afterwards `model` is plain again and has the zeros it had.
+
+    Args:
+        model: pruned, float32 on a CPU or bfloat16 on a GPU, on `ctx.device`.
+        masks: layer name to bool (O, I), True is kept. These layers get adapters.
+        samples: inputs of one sample each, on the CPU: input_ids, attention_mask, labels (T,), and
+            pixel_values (C, H, W) of those with an image. Indexed several times.
+        stage: key under which checkpoints are kept; a killed repair goes on from the newest sound
+            one and ends with the same weights.
+        projector: module trained in full if `spec.train_projector`.
+        targets: of `dense_targets` over the same samples; needed if `spec.distill` > 0.
+        micro_batch: samples per forward. Changes memory, and the result by rounding.
+
+    Raises:
+        DataError: no sample has an answer to learn.
+        NumericError: the loss is NaN or infinite.
+    """
+    if spec.distill > 0 and targets is None:
+        raise ValueError("repair.distill > 0 needs the dense model's targets")
+    wrapped = add_sparse_lora(model, masks, rank=spec.rank, alpha=spec.alpha, seed=seed)
+    if projector is not None and spec.train_projector:
+        model.get_submodule(projector).requires_grad_(True)
+    training = _Training(model, samples, spec, ctx, stage, seed, pad_id, targets, micro_batch)
+    with _quiet():
+        report = training.run()
+    merge_sparse_lora(wrapped)
+    return report
+
+
+class _Training:
+    """The loop and what it holds: the engine, the optimizer, the losses so far."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        samples: Samples,
+        spec: RepairSpec,
+        ctx: Context,
+        stage: str,
+        seed: int,
+        pad_id: int,
+        targets: Targets | None,
+        micro_batch: int,
+    ) -> None:
+        self.model = model.eval()  # no dropout: the same step again gives the same weights
+        self.samples = samples
+        self.spec = spec
+        self.ctx = ctx
+        self.stage = stage
+        self.seed = seed
+        self.pad_id = pad_id
+        self.targets = targets
+        self.rank_batch = math.ceil(spec.batch_size / ctx.world)
+        self.num_micro = math.ceil(self.rank_batch / micro_batch)
+        self.losses: list[list[float]] = []
+        """Of every step so far: task, distillation."""
+
+    def run(self) -> RepairReport:
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        checkpoint = _newest_sound_checkpoint(self.ctx, self.stage)
+        if checkpoint is not None:
+            _load_weights(trained, checkpoint)
+            self.losses = checkpoint.state["losses"].tolist()
+        engine, optimizer = self._initialize(list(trained.values()))
+        if checkpoint is not None:
+            _load_optimizer(engine, optimizer, checkpoint)
+        start = len(self.losses)
+        for step in range(start, self.spec.num_steps):
+            self._step(engine, optimizer, step)
+            self.ctx.progress("repair", step + 1, self.spec.num_steps)
+            is_last = step + 1 == self.spec.num_steps
+            if (step + 1) % self.spec.checkpoint_every == 0 and not is_last:
+                self._save_checkpoint(engine, optimizer, trained, step + 1)
+        _leave_deepspeed(engine, self.model)
+        task, distill = zip(*self.losses, strict=True)
+        return RepairReport(
+            task_losses=task,
+            distill_losses=distill if self.spec.distill > 0 else (),
+            resumed_at=None if checkpoint is None else start,
+        )
+
+    def _initialize(self, trained: list[nn.Parameter]) -> tuple[Any, torch.optim.Optimizer]:
+        deepspeed = _import_deepspeed(self.ctx)
+        optimizer = torch.optim.AdamW(
+            trained, lr=self.spec.learning_rate, weight_decay=self.spec.weight_decay
+        )
+        engine, *_ = deepspeed.initialize(
+            model=self.model,
+            optimizer=optimizer,
+            config={
+                "train_micro_batch_size_per_gpu": math.ceil(self.rank_batch / self.num_micro),
+                "gradient_accumulation_steps": self.num_micro,
+                "bf16": {"enabled": next(self.model.parameters()).dtype == torch.bfloat16},
+                "zero_optimization": {
+                    "stage": self.spec.zero_stage,
+                    "stage3_param_persistence_threshold": PERSISTENT_BELOW,
+                },
+            },
+        )
+        if self.spec.zero_stage == 3:
+            _announce_weights(deepspeed, self.model)
+        return engine, optimizer
+
+    def _step(self, engine: Any, optimizer: torch.optim.Optimizer, step: int) -> None:
+        batches = self._micro_batches(step)
+        counts = [_num_answer_tokens(batch) for _, batch in batches]
+        (num_tokens,) = self._sum_over_ranks([float(sum(counts))])
+        if not num_tokens:
+            raise DataError(f"repair: the samples of step {step} have no answer tokens to learn")
+        rate = self.spec.learning_rate * schedule(
+            step, self.spec.num_steps, self.spec.warmup_fraction
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        sums = torch.zeros(2, device=self.ctx.device)
+        for indices, batch in batches:
+            task, distill = self._losses(engine, indices, batch)
+            loss = (1 - self.spec.distill) * task + self.spec.distill * distill
+            # DeepSpeed averages over the ranks; ours is a sum over them
+            engine.backward(loss * (self.ctx.world / num_tokens), scale_wrt_gas=False)
+            engine.step()
+            sums += torch.stack([task.detach(), distill.detach()])
+        means = [value / num_tokens for value in self._sum_over_ranks(sums.tolist())]
+        if not all(math.isfinite(mean) for mean in means):
+            raise NumericError(
+                f"repair: at step {step} the task loss is {means[0]} and the distillation loss "
+                f"{means[1]}. Lower repair.learning_rate ({self.spec.learning_rate})"
+            )
+        self.losses.append(means)
+
+    def _losses(
+        self, engine: Any, indices: Sequence[int], batch: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Task and distillation loss, summed over the answer tokens of one micro batch."""
+        logits_NV, labels_N = answer_logits(engine, batch, self.ctx.device)
+        task = nn.functional.cross_entropy(logits_NV, labels_N, reduction="sum")
+        if self.spec.distill == 0 or self.targets is None:
+            return task, torch.zeros_like(task)
+        rows = rows_of(self.targets, indices)
+        return task, kl_to_teacher(logits_NV, rows, self.spec.temperature)
+
+    def _micro_batches(self, step: int) -> list[tuple[Sequence[int], dict[str, Tensor]]]:
+        """This rank's part of a step, always `num_micro` batches: the ranks move in lockstep.
+
+        A batch that would be empty is one sample without answers, whose gradient is zero.
+        """
+        everyone = batch_indices(step, len(self.samples), self.spec.batch_size, self.seed)
+        mine = everyone[self.ctx.rank :: self.ctx.world]
+        size = math.ceil(self.rank_batch / self.num_micro)
+        batches: list[tuple[Sequence[int], dict[str, Tensor]]] = []
+        for index in range(self.num_micro):
+            indices = mine[index * size : (index + 1) * size]
+            batch = collate([self.samples[i] for i in indices or everyone[:1]], self.pad_id)
+            if not indices:
+                batch["labels"] = torch.full_like(batch["labels"], IGNORED_LABEL)
+            batches.append((indices, batch))
+        return batches
+
+    def _sum_over_ranks(self, values: list[float]) -> list[float]:
+        if self.ctx.world == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.ctx.device)
+        dist.all_reduce(tensor)
+        return list(tensor.tolist())
+
+    def _save_checkpoint(
+        self,
+        engine: Any,
+        optimizer: torch.optim.Optimizer,
+        trained: Mapping[str, nn.Parameter],
+        step: int,
+    ) -> None:
+        """Every rank writes its share of the optimizer, rank 0 the trained weights too.
+
+        Not DeepSpeed's own format: that is pickle, and nothing pickled is read from the storage.
+        """
+        state = {"losses": torch.tensor(self.losses, dtype=torch.float64)}
+        for index, master in enumerate(_masters(engine, optimizer)):
+            state[f"{index}.master"] = master.detach()
+            for name, value in optimizer.state[master].items():
+                state[f"{index}.{name}"] = value
+        with TemporaryDirectory(dir=self.ctx.scratch) as folder:
+            _write(state, Path(folder) / _state_file(self.ctx))
+            with _whole(engine, list(trained.values())):
+                if self.ctx.rank == 0:
+                    _write(trained, Path(folder) / WEIGHTS_FILE)
+            self.ctx.save_checkpoint(self.stage, step, Path(folder))
+
+
+def batch_indices(step: int, num_samples: int, batch_size: int, seed: int) -> list[int]:
+    """The samples of one step: every epoch is its own shuffle, and batches run across its end."""
+    if not num_samples:
+        raise DataError("repair: the dataset has no samples")
+    indices: list[int] = []
+    position = step * batch_size
+    while len(indices) < batch_size:
+        epoch, offset = divmod(position + len(indices), num_samples)
+        shuffle = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+        order = torch.randperm(num_samples, generator=shuffle).tolist()
+        indices += order[offset : offset + batch_size - len(indices)]
+    return indices
+
+
+def schedule(step: int, num_steps: int, warmup_fraction: float) -> float:
+    """Fraction of the peak learning rate: linear up over the warm-up, then a cosine to zero."""
+    num_warmup = round(warmup_fraction * num_steps)
+    if step < num_warmup:
+        return (step + 1) / num_warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - num_warmup) / (num_steps - num_warmup)))
+
+
+def _num_answer_tokens(batch: dict[str, Tensor]) -> int:
+    return int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
+
+
+# --- checkpoints ---------------------------------------------------------------------------------
+
+WEIGHTS_FILE = "weights.safetensors"
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    weights: dict[str, Tensor]
+    state: dict[str, Tensor]
+    """This rank's share of the optimizer, and the losses so far."""
+
+
+def _state_file(ctx: Context) -> str:
+    return f"optimizer-{ctx.rank}-of-{ctx.world}.safetensors"
+
+
+def _newest_sound_checkpoint(ctx: Context, stage: str) -> _Checkpoint | None:
+    """Drop checkpoints until every rank can read one: a damaged file must not end the job."""
+    while (latest := ctx.latest_checkpoint(stage)) is not None:
+        step, folder = latest
+        checkpoint, problem = None, ""
+        try:
+            checkpoint = _Checkpoint(
+                load_file(folder / WEIGHTS_FILE), load_file(folder / _state_file(ctx))
+            )
+        except (OSError, SafetensorError) as error:
+            problem = f"{type(error).__name__}: {error}"
+        problems = [text for text in ctx.gather(problem) if text]
+        if not problems:
+            return checkpoint
+        ctx.warn(f"repair: the checkpoint of step {step} is damaged, going back ({problems[0]})")
+        ctx.drop_checkpoint(stage, step)
+    return None
+
+
+@torch.no_grad()
+def _load_weights(trained: Mapping[str, nn.Parameter], checkpoint: _Checkpoint) -> None:
+    for name, parameter in trained.items():
+        parameter.copy_(checkpoint.weights[name])
+
+
+@torch.no_grad()
+def _load_optimizer(engine: Any, optimizer: torch.optim.Optimizer, checkpoint: _Checkpoint) -> None:
+    for index, master in enumerate(_masters(engine, optimizer)):
+        prefix = f"{index}."
+        saved = {
+            name.removeprefix(prefix): value
+            for name, value in checkpoint.state.items()
+            if name.startswith(prefix)
+        }
+        master.copy_(saved.pop("master"))
+        optimizer.state[master] = {
+            # AdamW counts its steps on the CPU
+            name: value.clone() if name == "step" else value.to(master.device, copy=True)
+            for name, value in saved.items()
+        }
+
+
+def _masters(engine: Any, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """What AdamW steps: the parameters, or ZeRO's flat fp32 shard of them."""
+    shards = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO-3 hides them
+    if shards is not None:
+        return list(shards)
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _write(tensors: Mapping[str, Tensor], path: Path) -> None:
+    save_file({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, path)
+
+
+# --- DeepSpeed -----------------------------------------------------------------------------------
+
+
+def _import_deepspeed(ctx: Context) -> ModuleType:
+    """DeepSpeed such that it compiles nothing and finds a process group. Seconds to import."""
+    os.environ.setdefault("DS_ACCELERATOR", ctx.device.type)  # else it probes for all it knows
+    os.environ.setdefault("LOCAL_RANK", "0")
+    import deepspeed
+    import deepspeed.ops
+
+    # What it takes for buildable on this machine; left to itself it asks the compiler, and on a
+    # CPU builds a shared-memory all-reduce (half a minute of g++) that training never calls.
+    deepspeed.ops.__compatible_ops__ = {}
+    deepspeed.utils.logger.setLevel("WARNING")
+    if not dist.is_initialized():
+        backend = "nccl" if ctx.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)  # no port
+        atexit.register(dist.destroy_process_group)
+    return deepspeed  # type: ignore[no-any-return]
+
+
+def _announce_weights(deepspeed: ModuleType, model: nn.Module) -> None:
+    """Tell ZeRO-3 that a SparseLoRA layer reads its children's weights itself."""
+    for layer in model.modules():
+        if isinstance(layer, SparseLoraLinear):
+            for parameter in layer.parameters():
+                deepspeed.zero.register_external_parameter(layer, parameter)
+
+
+@contextmanager
+def _whole(engine: Any, parameters: list[nn.Parameter]) -> Iterator[None]:
+    """The parameters' full values on every rank, also where ZeRO-3 has scattered them."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(
+        parameters, enabled=engine.zero_optimization_stage() == 3
+    ):
+        yield
+
+
+@torch.no_grad()
+def _leave_deepspeed(engine: Any, model: nn.Module) -> None:
+    """Give the model back as it came: whole parameters of its own, no hooks."""
+    engine.destroy()
+    for module in model.modules():
+        if hasattr(module, "_original_parameters"):
+            module._parameters = dict(module._parameters)
+            del module._original_parameters
+    shared: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if parameter not in shared and (parameter.requires_grad or hasattr(parameter, "ds_id")):
+                with _whole(engine, [parameter]):  # a trained one is a view into ZeRO's buffer
+                    shared[parameter] = nn.Parameter(parameter.clone(), requires_grad=False)
+            module._parameters[name] = shared.get(parameter, parameter)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """DeepSpeed calls collectives by names that torch has deprecated, at every step."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+        warnings.filterwarnings("ignore", category=UserWarning, module="deepspeed")
+        yield
