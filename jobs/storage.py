@@ -207,9 +207,11 @@ class Storage:
         """Turn what the storage raises into a StorageError; a missing file stays itself."""
         try:
             yield
-        except (StorageError, FileNotFoundError):
+        except StorageError:
             raise
         except OSError as error:
+            if isinstance(error, FileNotFoundError) and action != "write":
+                raise
             reason = error.strerror or str(error) or type(error).__name__
             raise StorageError(f"{self._name(path)}: cannot {action}: {reason}") from error
         except Exception as error:
