@@ -84,13 +84,23 @@ def repair(
     """
     if spec.distill > 0 and targets is None:
         raise ValueError("repair.distill > 0 needs the dense model's targets")
-    wrapped = add_sparse_lora(model, masks, rank=spec.rank, alpha=spec.alpha, seed=seed)
-    if projector is not None and spec.train_projector:
-        model.get_submodule(projector).requires_grad_(True)
-    training = _Training(model, samples, spec, ctx, stage, seed, pad_id, targets, micro_batch)
     with _quiet():
+        wrapped = add_sparse_lora(model, masks, rank=spec.rank, alpha=spec.alpha, seed=seed)
+        if projector is not None and spec.train_projector:
+            model.get_submodule(projector).requires_grad_(True)
+        training = _Training(
+            wrapped.eval(),  # no dropout: the same step again gives the same weights
+            samples,
+            spec,
+            ctx,
+            stage,
+            seed,
+            pad_id,
+            targets,
+            micro_batch,
+        )
         report = training.run()
-    merge_sparse_lora(wrapped)
+        merge_sparse_lora(wrapped)
     return report
 
 
@@ -109,7 +119,7 @@ class _Training:
         targets: Targets | None,
         micro_batch: int,
     ) -> None:
-        self.model = model.eval()  # no dropout: the same step again gives the same weights
+        self.model = model
         self.samples = samples
         self.spec = spec
         self.ctx = ctx
@@ -128,6 +138,7 @@ class _Training:
         if checkpoint is not None:
             _load_weights(trained, checkpoint)
             self.losses = checkpoint.state["losses"].tolist()
+        attributes = {module: set(vars(module)) for module in self.model.modules()}
         engine, optimizer = self._initialize(list(trained.values()))
         if checkpoint is not None:
             _load_optimizer(engine, optimizer, checkpoint)
@@ -138,7 +149,7 @@ class _Training:
             is_last = step + 1 == self.spec.num_steps
             if (step + 1) % self.spec.checkpoint_every == 0 and not is_last:
                 self._save_checkpoint(engine, optimizer, trained, step + 1)
-        _leave_deepspeed(engine, self.model)
+        _leave_deepspeed(engine, attributes)
         task, distill = zip(*self.losses, strict=True)
         return RepairReport(
             task_losses=task,
@@ -391,28 +402,30 @@ def _whole(engine: Any, parameters: list[nn.Parameter]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _leave_deepspeed(engine: Any, model: nn.Module) -> None:
-    """Give the model back as it came: whole parameters of its own, no hooks."""
+def _leave_deepspeed(engine: Any, attributes: Mapping[nn.Module, set[str]]) -> None:
+    """Give the modules back as they came: whole parameters of their own, no attributes of ZeRO's.
+
+    Args:
+        attributes: what each module had before.
+    """
     engine.destroy()
-    for module in model.modules():
-        if hasattr(module, "_original_parameters"):
-            module._parameters = dict(module._parameters)
-            del module._original_parameters
-    shared: dict[nn.Parameter, nn.Parameter] = {}
-    for module in model.modules():
+    own: dict[nn.Parameter, nn.Parameter] = {}
+    for module, names in attributes.items():
+        module._parameters = dict(module._parameters)
         for name, parameter in module._parameters.items():
-            if parameter is None:
+            if parameter is None or not (parameter.requires_grad or hasattr(parameter, "ds_id")):
                 continue
-            if parameter not in shared and (parameter.requires_grad or hasattr(parameter, "ds_id")):
-                with _whole(engine, [parameter]):  # a trained one is a view into ZeRO's buffer
-                    shared[parameter] = nn.Parameter(parameter.clone(), requires_grad=False)
-            module._parameters[name] = shared.get(parameter, parameter)
+            if parameter not in own:  # tied weights stay tied
+                with _whole(engine, [parameter]):  # a trained one is a view into a flat buffer
+                    own[parameter] = nn.Parameter(parameter.clone(), requires_grad=False)
+            module._parameters[name] = own[parameter]
+        for name in vars(module).keys() - names:
+            delattr(module, name)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """DeepSpeed calls collectives by names that torch has deprecated, at every step."""
+    """DeepSpeed and PEFT call torch and transformers by deprecated names, at every step."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-        warnings.filterwarnings("ignore", category=UserWarning, module="deepspeed")
+        warnings.filterwarnings("ignore", category=FutureWarning)
         yield
