@@ -108,6 +108,10 @@ class RepairSpec(Spec):
     """Optimizer steps."""
     batch_size: int = Field(default=32, ge=1)
     """Samples per optimizer step, over all workers."""
+    micro_batch_size: int = Field(default=16, ge=1)
+    """Samples per forward pass of one worker: bounds its memory."""
+    sequence_length: int = Field(default=512, ge=8)
+    """Tokens per window of plain text."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """Peak; cosine to zero after the warm-up."""
     warmup_fraction: Fraction = 0.05
@@ -167,11 +171,18 @@ class JobSpec(Spec):
     def key(self) -> str:
         """Content hash, the same on every machine: 16 hex digits."""
         settings = self.model_dump(mode="json")
-        for not_a_number in ("sweep", "resources"):
-            settings.pop(not_a_number)
-        if self.prune is None:
-            settings.pop("calibration")
-        return content_key(_without_locations(settings))
+        without_effect = {"sweep", "resources"}
+        if not self.is_calibrated:
+            without_effect |= {"calibration"}
+            if self.repair is None:
+                without_effect |= {"seed"}
+        kept = {name: value for name, value in settings.items() if name not in without_effect}
+        return content_key(_without_locations(kept))
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether the job's method looks at data at all: the dense model and magnitude do not."""
+        return self.prune is not None and self.prune.method.needs_statistics
 
     @property
     def num_workers(self) -> int:

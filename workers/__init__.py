@@ -1,1 +1,1 @@
-"""One job, start to finish. Open `workers/run.py` first. Knows torch; only `workers/entry.py` knows Ray."""
+"""One job, start to finish: open `run.py` first. torch lives here; only `entry.py` knows Ray."""

@@ -8,6 +8,7 @@ the identity of the input tensor, not by name.
 Shape letters: B samples in a batch, T tokens, D model width, I input features.
 """
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +20,8 @@ from torch import Tensor, nn
 from jobs.errors import DataError, NumericError
 from jobs.spec import CalibrationSpec, Tower
 from workers.context import Context
-from workers.data import load_dataset
-from workers.encode import Encoder, collate, text_windows
+from workers.encode import Encoded, Encoder, collate
 from workers.models import Layer, VisionLanguageModel
-from workers.sampling import choose
 from workers.statistics import Statistics, mix
 
 TOKENS_PER_BATCH = 8192
@@ -67,22 +66,13 @@ def calibration_batches(
     """This rank's share of the calibration samples, encoded, in batches of similar length.
 
     Raises:
-        DataError: fewer samples than asked for, or text alone for a model whose vision tower has
-            to be calibrated.
+        DataError: fewer samples than asked for.
     """
     encoder = Encoder(model)
-    samples = load_dataset(spec.dataset, "train")
-    if spec.dataset.is_text:
-        windows = text_windows(encoder, samples[0].text, spec.sequence_length)
-        chosen = choose(windows, spec.num_samples, seed, spec.dataset.label)
-        encoded = [
-            {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-            for ids in chosen[ctx.rank :: ctx.world]
-        ]
-    else:
-        chosen_samples = choose(samples, spec.num_samples, seed, spec.dataset.label)
-        mine = chosen_samples[ctx.rank :: ctx.world]
-        encoded = [encoder.supervised(sample) for sample in mine]
+    chosen = Encoded(
+        encoder, spec.dataset, count=spec.num_samples, length=spec.sequence_length, seed=seed
+    )
+    encoded = [chosen[i] for i in range(ctx.rank, len(chosen), ctx.world)]
     encoded.sort(key=lambda one: len(one["input_ids"]))
     return _batches(encoded, encoder.pad_id)
 
@@ -139,13 +129,14 @@ class TowerWalk:
             return
 
         def stop(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            raise _ReachedBlock(args[0] if args else kwargs.pop("hidden_states"), dict(kwargs))
+            named = inspect.signature(block.forward).bind_partial(*args, **kwargs)
+            raise _ReachedBlock(_flatten(named))
 
         handle = self.blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
         try:
             model.module(**inputs, use_cache=False)
         except _ReachedBlock as reached:
-            self.hidden.append(reached.hidden)
+            self.hidden.append(reached.arguments.pop("hidden_states"))
             self._arguments.append(reached.arguments)
         finally:
             handle.remove()
@@ -192,7 +183,9 @@ class TowerWalk:
         self.index += 1
 
     def _run(self, number: int, hidden: Tensor) -> Tensor:
-        output = self.blocks[self.index](hidden, **self._arguments[number])
+        output: Tensor | tuple[Tensor, ...] = self.blocks[self.index](
+            hidden, **self._arguments[number]
+        )
         return output[0] if isinstance(output, tuple) else output
 
     def _run_watched(
@@ -228,10 +221,18 @@ class TowerWalk:
 
 
 class _ReachedBlock(Exception):  # noqa: N818 - no error: it ends a forward pass early
-    def __init__(self, hidden: Tensor, arguments: dict[str, Any]) -> None:
+    def __init__(self, arguments: dict[str, Any]) -> None:
         super().__init__()
-        self.hidden = hidden
         self.arguments = arguments
+
+
+def _flatten(named: inspect.BoundArguments) -> dict[str, Any]:
+    """All arguments of a call by name, those of `**kwargs` among the others."""
+    arguments = dict(named.arguments)
+    for name, parameter in named.signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            arguments |= arguments.pop(name, {})
+    return arguments
 
 
 def _group_by_identity(inputs: dict[str, Tensor]) -> dict[tuple[str, ...], Tensor]:

@@ -6,14 +6,16 @@ was trained on.
 Shape letters: T tokens, C channels, H height, W width.
 """
 
+import random
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from jobs.errors import ModelError
-from workers.data import Sample
+from jobs.errors import DataError, ModelError
+from jobs.spec import DatasetSpec
+from workers.data import Sample, load_dataset
 from workers.models import VisionLanguageModel
 
 IGNORED_LABEL = -100
@@ -80,10 +82,6 @@ class Encoder:
         Raises:
             ModelError: a chat template that renders a conversation differently once it goes on.
         """
-        if sample.text:
-            encoded = self.tokenizer(sample.text, return_tensors="pt")
-            ids = encoded["input_ids"][0]
-            return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
         image = sample.load_image()
         whole = self._process([self.render(sample, num_answers=len(sample.turns))], [image])
         ids = whole["input_ids"][0]
@@ -126,6 +124,54 @@ class Encoder:
         if self.takes_images:
             return dict(self.processor(images=present or None, text=texts, **options))
         return dict(self.tokenizer(texts, **options))
+
+
+class Encoded(Sequence[dict[str, Tensor]]):
+    """Samples of a dataset, chosen by seed, each encoded when it is asked for.
+
+    Samples with images are large: a training set's would not fit into memory.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        dataset: DatasetSpec,
+        *,
+        count: int,
+        length: int,
+        seed: int,
+        or_all: bool = False,
+    ) -> None:
+        """Choose `count` samples of the train split, or windows of `length` tokens of plain text.
+
+        Args:
+            or_all: take what there is where there is less.
+
+        Raises:
+            DataError: there is less, or nothing.
+        """
+        self.encoder = encoder
+        samples = load_dataset(dataset, "train")
+        everything: Sequence[Sample | Tensor] = (
+            text_windows(encoder, samples[0].text, length) if dataset.is_text else samples
+        )
+        if or_all and everything:
+            count = min(count, len(everything))
+        if count > len(everything):
+            raise DataError(
+                f"{dataset.label} has {len(everything)} "
+                f"{'windows of text' if dataset.is_text else 'samples'}, {count} were asked for"
+            )
+        self.chosen = random.Random(seed).sample(list(everything), count)
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, index: Any) -> Any:
+        one = self.chosen[index]
+        if isinstance(one, Tensor):
+            return {"input_ids": one, "attention_mask": torch.ones_like(one), "labels": one.clone()}
+        return self.encoder.supervised(one)
 
 
 def text_windows(encoder: Encoder, text: str, length: int) -> list[Tensor]:

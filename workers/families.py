@@ -1,6 +1,7 @@
 """Where a model keeps its towers: the table that makes a model family data. Free of torch.
 
-To add a family, add a row and a tiny config to `tests/families.py`; the contract suite does the rest.
+To add a family, add a row here and a tiny config to `tests/families.py`; the contract suite does
+the rest.
 """
 
 from collections.abc import Mapping
@@ -50,7 +51,7 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
     Raises:
         ModelError: a `model_type` that is not in the table.
     """
-    model_type = config.get("model_type")
+    model_type = str(config.get("model_type"))
     if model_type not in FAMILIES:
         raise ModelError(
             f"{where}: model_type {model_type!r} is not supported yet. "
@@ -59,7 +60,23 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
     return FAMILIES[model_type]
 
 
+def blocks_path(config: Mapping[str, Any], tower: Tower, where: str) -> str:
+    """Where a tower's module keeps its list of blocks, by the tower's own `model_type`.
+
+    Raises:
+        ModelError: a type that is not in the table.
+    """
+    model_type = str(tower_config(config, tower).get("model_type"))
+    if model_type not in BLOCKS:
+        raise ModelError(
+            f"{where}: {tower} tower of type {model_type!r} is not supported yet. "
+            f"Known: {', '.join(sorted(BLOCKS))}"
+        )
+    return BLOCKS[model_type]
+
+
 def tower_config(config: Mapping[str, Any], tower: Tower) -> Mapping[str, Any]:
     """The part of a `config.json` that describes one tower."""
     nested = {"vision": "vision_config", "language": "text_config"}[tower]
-    return config.get(nested, config)
+    part: Mapping[str, Any] = config.get(nested, config)
+    return part

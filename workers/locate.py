@@ -4,6 +4,7 @@ import hashlib
 import json
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from jobs.errors import ModelError
 from jobs.spec import ModelSpec
@@ -39,7 +40,7 @@ def fingerprint_model(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def layer_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor in the folder's safetensors, read from the headers alone.
 
     Raises:
@@ -56,6 +57,18 @@ def layer_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         header.pop("__metadata__", None)
         shapes |= {name: tuple(entry["shape"]) for name, entry in header.items()}
     return shapes
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """The folder's `config.json`.
+
+    Raises:
+        ModelError: there is none, or it is not JSON.
+    """
+    try:
+        return dict(json.loads((folder / "config.json").read_text()))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder} is not a model folder: {error}") from error
 
 
 def _weights(folder: Path) -> list[Path]:

@@ -15,7 +15,8 @@ from torch import nn
 
 from jobs.errors import ModelError
 from jobs.spec import Tower
-from workers.families import BLOCKS, Family, family_of, tower_config
+from workers.families import Family, blocks_path, family_of
+from workers.locate import config_of
 
 
 @dataclass(frozen=True)
@@ -59,24 +60,22 @@ class VisionLanguageModel:
         Raises:
             ModelError: a tower whose type is not in `workers.families.BLOCKS`.
         """
-        model_type = tower_config(self.config, tower).get("model_type")
-        if model_type not in BLOCKS:
-            raise ModelError(
-                f"{self.folder}: {tower} tower of type {model_type!r} is not supported yet. "
-                f"Known: {', '.join(sorted(BLOCKS))}"
-            )
-        blocks = self.module.get_submodule(f"{self.family.towers[tower]}.{BLOCKS[model_type]}")
+        blocks = self.module.get_submodule(self._blocks_path(tower))
         assert isinstance(blocks, nn.ModuleList)
         return blocks
+
+    def _blocks_path(self, tower: Tower) -> str:
+        inside = blocks_path(self.config, tower, str(self.folder))
+        return f"{self.family.towers[tower]}.{inside}"
 
     def layers(self, tower: Tower | None = None) -> Iterator[Layer]:
         """The prunable layers of a tower (of all towers), block by block."""
         for each in self.towers if tower is None else (tower,):
-            prefix = f"{self.family.towers[each]}.{BLOCKS[tower_config(self.config, each)['model_type']]}"
             for index, block in enumerate(self.blocks(each)):
                 for name, module in block.named_modules():
                     if isinstance(module, nn.Linear):
-                        yield Layer(f"{prefix}.{index}.{name}", each, index, module)
+                        path = f"{self._blocks_path(each)}.{index}.{name}"
+                        yield Layer(path, each, index, module)
 
 
 def load_model(
@@ -94,8 +93,10 @@ def load_model(
         AutoProcessor,
         AutoTokenizer,
     )
+    from transformers.utils import logging as transformers_logging
 
-    config = read_config(folder)
+    transformers_logging.disable_progress_bar()  # one bar a job drowns what we have to say
+    config = config_of(folder)
     family = family_of(config, str(folder))
     has_vision = "vision" in family.towers
     auto_model = AutoModelForImageTextToText if has_vision else AutoModelForCausalLM
@@ -129,18 +130,6 @@ def load_model(
     return model
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's `config.json`.
-
-    Raises:
-        ModelError: there is none, or it is not JSON.
-    """
-    try:
-        return dict(json.loads((folder / "config.json").read_text()))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder} is not a model folder: {error}") from error
-
-
 def save_model(model: VisionLanguageModel, folder: Path) -> None:
     """Write a folder that stock `from_pretrained` loads, in the dtype of the original file."""
     dtype = getattr(torch, str(model.config.get("dtype") or model.config.get("torch_dtype")), None)
@@ -151,7 +140,7 @@ def save_model(model: VisionLanguageModel, folder: Path) -> None:
     }
     module.save_pretrained(folder, state_dict=state, safe_serialization=True)
     model.processor.save_pretrained(folder)
-    saved = read_config(folder)
+    saved = config_of(folder)
     saved["dtype"] = str(dtype or module.dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(saved, indent=2))
 

@@ -21,20 +21,25 @@ from typing import Any
 import torch
 
 from jobs.result import JobResult, Score, Weights
-from jobs.spec import BenchmarkSpec, JobSpec, PruneSpec, RepairSpec, settings_of
+from jobs.spec import BenchmarkSpec, JobSpec, PruneSpec, RepairSpec
 from workers.calibrate import calibration_batches
 from workers.context import Context
+from workers.encode import Encoded, Encoder
 from workers.evaluate import SCORE_FIELDS, evaluate
+from workers.keys import StageKeys
 from workers.locate import locate
 from workers.models import VisionLanguageModel, count_sparsity, load_model, save_model
 from workers.prune import (
     check_shapes,
     collect_dense_statistics,
+    load_masks,
     prune_from_statistics,
     prune_sequentially,
     save_report,
 )
-from workers.stages import Stage, run_stage, stage_key
+from workers.repair import repair
+from workers.stages import Stage, run_stage
+from workers.teacher import TARGETS_FILE, dense_targets, load_targets, save_targets
 
 
 def run_job(job: JobSpec, ctx: Context) -> JobResult:
@@ -55,37 +60,28 @@ class _Job:
         self.job = job
         self.ctx = ctx
         self.folder = locate(job.model)
-        assert job.model.fingerprint is not None, "the plan fills it in"
-        self.fingerprint: str = job.model.fingerprint
+        self.keys = StageKeys.of(job)
         self.stages: list[Stage] = []
         self.counted: dict[str, float] = {}
         """Sparsity of the weights evaluated last, counted from their file."""
 
     def run(self) -> JobResult:
         facts: dict[str, Any] = {}
-        scores = self._evaluate("dense", self.folder, self.fingerprint)
+        scores = self._evaluate("dense", self.folder)
         if self.job.prune is not None:
             final = self._prune(self.job.prune)
-            scores += self._evaluate("pruned", final.folder, final.key)
+            scores += self._evaluate("pruned", final.folder)
             facts |= _facts_of_pruning(final)
             if self.job.repair is not None:
                 final = self._repair(self.job.repair, final)
-                scores += self._evaluate("repaired", final.folder, final.key)
+                scores += self._evaluate("repaired", final.folder)
             facts["export"] = f"{self.ctx.storage.url}/{final.path}"
         facts |= self.counted | _costs(self.stages) | self._environment()
         return JobResult(self.job.key, "complete", tuple(scores), facts=facts)
 
     def _prune(self, spec: PruneSpec) -> Stage:
-        calibration = self.job.calibration
-        settings: dict[str, Any] = {"prune": settings_of(spec)}
-        inputs = [self.fingerprint]
-        statistics = None
-        if spec.method.needs_statistics:
-            settings |= {"calibration": settings_of(calibration), "seed": self.job.seed}
-            if calibration.propagate == "dense":
-                statistics = self._statistics()
-                inputs.append(statistics.key)
-        key = stage_key("prune", settings, inputs)
+        calibration, key = self.job.calibration, _there(self.keys.prune)
+        statistics = self._statistics() if self.keys.statistics else None
 
         def build(folder: Path) -> dict[str, Any]:
             model = self._load(self.folder)
@@ -109,8 +105,6 @@ class _Job:
 
     def _statistics(self) -> Stage:
         """The dense model's statistics: one for all jobs, whatever modality mix they want."""
-        calibration = self.job.calibration.model_copy(update={"visual_weight": 1.0})
-        settings = {"calibration": settings_of(calibration), "seed": self.job.seed}
 
         def build(folder: Path) -> dict[str, Any]:
             model = self._load(self.folder)
@@ -118,32 +112,93 @@ class _Job:
                 collect_dense_statistics(model, self._batches(model), self.ctx, folder)
             return {}
 
-        return self._run("statistics", stage_key("statistics", settings, [self.fingerprint]), build)
+        return self._run("statistics", _there(self.keys.statistics), build)
 
     def _batches(self, model: VisionLanguageModel) -> list[dict[str, torch.Tensor]]:
         with self.ctx.timed("calibrate"):
             return calibration_batches(model, self.job.calibration, self.job.seed, self.ctx)
 
     def _repair(self, spec: RepairSpec, pruned: Stage) -> Stage:
-        raise NotImplementedError
+        key = _there(self.keys.repair)
+        teacher = self._teacher(spec) if self.keys.teacher else None
 
-    def _evaluate(self, weights: Weights, folder: Path, input_key: str) -> list[Score]:
+        def build(folder: Path) -> dict[str, Any]:
+            model = self._load(pruned.folder)
+            encoder, samples = self._repair_samples(model, spec)
+            masks = load_masks(pruned.folder, list(model.layers()))
+            report = repair(
+                model.module,
+                {name: mask.to(self.ctx.device) for name, mask in masks.items()},
+                samples,
+                spec,
+                self.ctx,
+                stage=key,
+                seed=self.job.seed,
+                pad_id=encoder.pad_id,
+                projector=model.family.projector,
+                targets=load_targets(teacher.folder / TARGETS_FILE) if teacher else None,
+                micro_batch=spec.micro_batch_size,
+            )
+            if self.ctx.rank == 0:
+                with self.ctx.timed("export"):
+                    save_model(model, folder)
+            return asdict(report)
+
+        return self._run("repair", key, build)
+
+    def _teacher(self, spec: RepairSpec) -> Stage:
+        """The dense model's answers to the questions that the repair will learn from."""
+
+        def build(folder: Path) -> dict[str, Any]:
+            model = self._load(self.folder)
+            encoder, samples = self._repair_samples(model, spec)
+            targets = dense_targets(
+                model.module,
+                samples,
+                pad_id=encoder.pad_id,
+                temperature=spec.temperature,
+                batch_size=spec.micro_batch_size,
+                ctx=self.ctx,
+            )
+            if self.ctx.rank == 0:
+                save_targets(targets, folder / TARGETS_FILE)
+            return {}
+
+        return self._run("teacher", _there(self.keys.teacher), build)
+
+    def _repair_samples(
+        self, model: VisionLanguageModel, spec: RepairSpec
+    ) -> tuple[Encoder, Encoded]:
+        """As many samples as the steps will see, or all there are if those are fewer."""
+        assert spec.dataset is not None, "the plan fills it in"
+        encoder = Encoder(model)
+        return encoder, Encoded(
+            encoder,
+            spec.dataset,
+            count=spec.num_steps * spec.batch_size,
+            length=spec.sequence_length,
+            seed=self.job.seed,
+            or_all=True,
+        )
+
+    def _evaluate(self, weights: Weights, folder: Path) -> list[Score]:
         scores = []
         for spec in self.job.evaluate:
-            stage = self._benchmark(spec, folder, input_key)
+            stage = self._benchmark(spec, folder, self.keys.evaluate[weights, spec.label])
             measured = {name: stage.info[name] for name in SCORE_FIELDS}
             scores.append(Score(weights=weights, benchmark=spec.label, **measured))
             self.counted = stage.info["counted"]
         return scores
 
-    def _benchmark(self, spec: BenchmarkSpec, folder: Path, input_key: str) -> Stage:
+    def _benchmark(self, spec: BenchmarkSpec, folder: Path, key: str) -> Stage:
         def build(output: Path) -> dict[str, Any]:
             model = self._load(folder)
             return evaluate(model, spec, self.ctx, output) | {"counted": count_sparsity(model)}
 
-        return self._run("evaluate", stage_key("evaluate", settings_of(spec), [input_key]), build)
+        return self._run("evaluate", key, build)
 
-    def _run(self, name: str, key: str, build: Callable[[Path], dict[str, Any]]) -> Stage:
+    def _run(self, name: str, key: str | None, build: Callable[[Path], dict[str, Any]]) -> Stage:
+        assert key is not None, f"this job has no stage {name}"
         stage = run_stage(self.ctx, name, key, build)
         self.stages.append(stage)
         return stage
@@ -165,6 +220,12 @@ class _Job:
             "num_workers": self.ctx.world,
             "warnings": "; ".join(self.ctx.warnings) or None,
         }
+
+
+def _there(key: str | None) -> str:
+    """The key of a stage that this job is known to have."""
+    assert key is not None
+    return key
 
 
 def _facts_of_pruning(pruned: Stage) -> dict[str, Any]:

@@ -20,9 +20,9 @@ from typing import Any
 
 from jobs.crash import crash_point
 from jobs.errors import StorageError
-from jobs.spec import content_key
 from jobs.storage import Storage
 from workers.context import Context
+from workers.keys import stage_path
 
 BEAT_EVERY_S = 3.0
 CLAIM_IS_DEAD_AFTER_S = 30.0
@@ -45,19 +45,6 @@ class Stage:
     """It was there already, or another job built it while this one waited."""
     path: str
     """Its output, in the storage."""
-
-
-CODE_EPOCHS = {"statistics": 1, "prune": 1, "teacher": 1, "repair": 1, "evaluate": 1}
-"""Raise a stage's number by hand when its results change: old outputs are then not reused."""
-
-
-def stage_key(name: str, settings: Any, inputs: list[str]) -> str:
-    """Hash of everything that can change a stage's output."""
-    return content_key([name, CODE_EPOCHS[name], settings, inputs])
-
-
-def stage_path(name: str, key: str) -> str:
-    return f"stages/{name}/{key}"
 
 
 def run_stage(ctx: Context, name: str, key: str, build: Callable[[Path], dict[str, Any]]) -> Stage:

@@ -1,0 +1,325 @@
+"""What a person writes: a sweep in YAML, checked to the last key before anything starts.
+
+A sweep is a grid of prune settings times a list of repairs (and of models, calibrations and seeds,
+where a list is given). `read_sweep` gives a frozen `SweepSpec`, or one `SweepError` that names
+every mistake: the line, the place in the file, the value, what would be right.
+"""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from jobs.errors import SpecError
+from jobs.methods import MethodSpec
+from jobs.pattern import Pattern
+from jobs.spec import (
+    BenchmarkSpec,
+    CalibrationSpec,
+    ModelSpec,
+    RepairSpec,
+    Resources,
+    Spec,
+    Tower,
+)
+
+MAX_FILE_BYTES = 1_000_000
+MAX_NODES = 100_000
+"""Values in a file once its aliases are written out: a few lines of aliases can hold billions."""
+
+
+def _as_list(value: Any) -> Any:
+    return value if isinstance(value, list) else [value]
+
+
+def _named(value: Any) -> Any:
+    """`sparsegpt` is short for `{name: sparsegpt}`."""
+    return {"name": value} if isinstance(value, str) else value
+
+
+def _benchmark(value: Any) -> Any:
+    """`easy-vqa` is short for `{dataset: {format: easy-vqa}}`."""
+    return {"dataset": value} if isinstance(value, str) else value
+
+
+def _repair(value: Any) -> Any:
+    """`none` is no repair; `sparse_lora` is short for `{method: sparse_lora}`."""
+    if value in ("none", None):
+        return None
+    return {"method": value} if isinstance(value, str) else value
+
+
+def _fraction(value: float) -> float:
+    if 0 <= value < 1:
+        return value
+    hint = f"; did you mean {value / 100:g}?" if 1 < value < 100 else ""
+    raise PydanticCustomError(
+        "fraction",
+        "a sparsity is a fraction of zeros, from 0 up to but not 1{hint}",
+        {"hint": hint},
+    )
+
+
+def _pattern(value: str) -> str:
+    return str(Pattern.parse(value))
+
+
+Sparsity = Annotated[float, AfterValidator(_fraction)]
+Towers = Annotated[
+    Annotated[Literal["all", "vision", "language"], Tag("name")]
+    | Annotated[dict[Tower, Sparsity], Tag("each")],
+    Discriminator(lambda value: "each" if isinstance(value, dict) else "name"),
+]
+
+
+class GridSpec(Spec):
+    """A product of settings. Each takes one value or a list."""
+
+    method: Annotated[
+        list[Annotated[MethodSpec, BeforeValidator(_named)]], BeforeValidator(_as_list)
+    ]
+    """`magnitude`, or with options `{name: sparsegpt, damping: 0.05}`. `dense` prunes nothing."""
+    pattern: Annotated[
+        list[Annotated[str, AfterValidator(_pattern)]], BeforeValidator(_as_list)
+    ] = ["unstructured"]
+    """`unstructured`, or N:M: N weights kept of every M. A pattern N:M fixes the sparsity."""
+    sparsity: Annotated[list[Sparsity], BeforeValidator(_as_list)] = []
+    """Fraction of zeros in each pruned tower. Not multiplied with a pattern N:M, nor with `towers`
+    that name a sparsity each."""
+    towers: Annotated[list[Towers], BeforeValidator(_as_list)] = ["all"]
+    """`all`, `vision`, `language`, or a sparsity each: `{vision: 0.4, language: 0.6}`."""
+
+
+class ExcludeSpec(Spec):
+    """Grid points to leave out: those that match every value given here."""
+
+    method: str | None = None
+    pattern: str | None = None
+    sparsity: Sparsity | None = None
+    towers: Towers | None = None
+    repair: Literal["none", "sparse_lora"] | None = None
+
+
+class SweepSpec(Spec):
+    """A pruning study. Where a list is given for a single value, its values multiply the grid."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    """Letters, digits, `.`, `_` and `-`."""
+    model: Annotated[
+        list[Annotated[ModelSpec, BeforeValidator(_named)]],
+        BeforeValidator(_as_list),
+        Field(min_length=1),
+    ]
+    calibration: Annotated[
+        list[CalibrationSpec], BeforeValidator(_as_list), Field(min_length=1)
+    ] = [CalibrationSpec()]
+    grid: Annotated[list[GridSpec], BeforeValidator(_as_list), Field(min_length=1)]
+    """One grid, or a list of grids that are added up."""
+    exclude: list[ExcludeSpec] = []
+    repair: Annotated[
+        list[Annotated[RepairSpec | None, BeforeValidator(_repair)]],
+        BeforeValidator(_as_list),
+        Field(min_length=1),
+    ] = [None]
+    evaluate: Annotated[
+        list[Annotated[BenchmarkSpec, BeforeValidator(_benchmark)]],
+        BeforeValidator(_as_list),
+        Field(min_length=1),
+    ]
+    seed: Annotated[
+        list[Annotated[int, Field(ge=0)]], BeforeValidator(_as_list), Field(min_length=1)
+    ] = [0]
+    resources: Resources = Resources()
+
+    @field_validator("evaluate")
+    @classmethod
+    def _benchmarks_differ(cls, value: list[BenchmarkSpec]) -> list[BenchmarkSpec]:
+        labels = [benchmark.label for benchmark in value]
+        if len(set(labels)) < len(labels):
+            raise PydanticCustomError("benchmarks", "two benchmarks have the same name")
+        return value
+
+
+class SweepError(SpecError):
+    """A sweep file with mistakes; the message has a paragraph for each."""
+
+
+def read_sweep(path: Path) -> SweepSpec:
+    """Read and check a sweep file. Paths in it are relative to its folder.
+
+    Raises:
+        SweepError: anything wrong with it.
+    """
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise SweepError(f"{path} is larger than {MAX_FILE_BYTES} bytes: not a sweep")
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SweepError(f"{path}: cannot be read: {error}") from error
+    return parse_sweep(text, str(path), base=path.parent)
+
+
+def parse_sweep(text: str, source: str, *, base: Path) -> SweepSpec:
+    """Check the text of a sweep; `source` names it in errors, `base` anchors relative paths."""
+    node, value = _parse_yaml(text, source)
+    try:
+        sweep = SweepSpec.model_validate(value)
+    except ValidationError as error:
+        raise SweepError("\n".join(_tell_mistakes(error.errors(), node, source))) from None
+    return _anchored(sweep, base)
+
+
+def _anchored(sweep: SweepSpec, base: Path) -> SweepSpec:
+    """The sweep with the paths of its models and datasets made absolute."""
+
+    def anchor(value: Any) -> Any:
+        if isinstance(value, dict):
+            if "format" in value:
+                for name in ("path", "images"):
+                    if value.get(name):
+                        value[name] = str((base / Path(value[name]).expanduser()).resolve())
+            return {name: anchor(child) for name, child in value.items()}
+        return [anchor(child) for child in value] if isinstance(value, list) else value
+
+    data = anchor(sweep.model_dump(mode="json", exclude_unset=True))
+    for model in data["model"]:
+        beside = base / Path(model["name"]).expanduser()
+        if (beside / "config.json").is_file():
+            model["name"] = str(beside.resolve())
+    return SweepSpec.model_validate(data)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe, and a key that stands twice is an error rather than the last one winning."""
+
+
+def _parse_yaml(text: str, source: str) -> tuple[yaml.Node, Any]:
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+        if node is None:
+            raise SweepError(f"{source} is empty")
+        _check_nodes(node, source)
+        return node, yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise SweepError(f"{source}: not valid YAML: {error}") from error
+    except (ValueError, RecursionError, OverflowError) as error:  # such as the date 2024-13-99
+        raise SweepError(f"{source}: not valid YAML: {error}") from error
+
+
+def _check_nodes(root: yaml.Node, source: str) -> None:
+    """Refuse doubled keys, and aliases that would expand without end."""
+    waiting, count = [root], 0
+    while waiting:
+        node = waiting.pop()
+        count += 1
+        if count > MAX_NODES:
+            raise SweepError(
+                f"{source}: more than {MAX_NODES} values once its aliases are expanded"
+            )
+        if isinstance(node, yaml.MappingNode):
+            seen: set[str] = set()
+            for key, child in node.value:
+                if key.value in seen if isinstance(key.value, str) else False:
+                    line = key.start_mark.line + 1
+                    raise SweepError(f"{source}:{line}: the key {key.value!r} stands twice")
+                seen.add(str(key.value))
+                waiting.append(child)
+        elif isinstance(node, yaml.SequenceNode):
+            waiting.extend(node.value)
+
+
+def _tell_mistakes(errors: Sequence[ErrorDetails], root: yaml.Node, source: str) -> list[str]:
+    """A line for each mistake, in the file's order."""
+    told: dict[tuple[int, str], None] = {}
+    for error in errors:
+        place, node = _locate(root, error["loc"])
+        line = node.start_mark.line + 1
+        told[line, f"{source}:{line}: {place or 'the file'}: {_explain(error)}"] = None
+    return [message for _, message in sorted(told)]
+
+
+def _locate(root: yaml.Node, loc: Sequence[int | str]) -> tuple[str, yaml.Node]:
+    """Follow pydantic's location through the YAML: the path as text, and the deepest node.
+
+    Pydantic also names union members, validators and the lists that a single value was wrapped
+    in; what the file does not have is skipped.
+    """
+    path, node = "", root
+    for step in loc:
+        if isinstance(node, yaml.MappingNode):
+            for key, child in node.value:
+                if key.value == step:
+                    path, node = (f"{path}.{step}" if path else str(step)), child
+                    break
+        elif (
+            isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value)
+        ):
+            path, node = f"{path}[{step}]", node.value[step]
+    return path, node
+
+
+def _explain(error: ErrorDetails) -> str:
+    kind, value, context = error["type"], error["input"], error.get("ctx", {})
+    name = str(error["loc"][-1]) if error["loc"] else ""
+    shown = repr(value) if not isinstance(value, dict | list) else type(value).__name__
+    if kind == "extra_forbidden":
+        return f"unknown key {name!r}{_suggest(name, _known_keys(error['loc']))}"
+    if kind == "missing":
+        return f"the key {name!r} is missing"
+    if kind == "union_tag_invalid":
+        known = [tag.strip(" '") for tag in str(context["expected_tags"]).split(",")]
+        return f"unknown method {str(context['tag'])!r}{_suggest(str(context['tag']), known)}"
+    if kind == "union_tag_not_found":
+        return f"got {shown}; a method is a name, or a mapping with `name` and its options"
+    if kind == "literal_error":
+        known = [
+            tag.strip(" '") for tag in str(context["expected"]).replace(" or ", ",").split(",")
+        ]
+        return f"got {shown}{_suggest(str(value), known)}"
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        return f"got {shown}; a mapping was expected"
+    if kind == "value_error":
+        return f"{context['error']}"
+    return f"got {shown}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _suggest(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word.lower(), known, n=1)
+    hint = f". Did you mean {near[0]!r}?" if near else "."
+    return f"{hint} Known: {', '.join(sorted(known))}" if known else hint
+
+
+def _known_keys(loc: Sequence[int | str]) -> list[str]:
+    """The keys allowed where pydantic found one that is not."""
+    model: Any = SweepSpec
+    for step in loc[:-1]:
+        fields = getattr(model, "model_fields", {})
+        if step in fields:
+            model = next(iter(_models_in(fields[step].annotation)), None)
+        elif isinstance(step, str):
+            tagged = [m for m in _METHODS if m.model_fields["name"].default == step]
+            model = tagged[0] if tagged else model
+    return sorted(getattr(model, "model_fields", {}))
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _models_in(argument)
+
+
+_METHODS: list[Any] = list(_models_in(MethodSpec))

@@ -1,0 +1,86 @@
+"""How much memory and time a job will need, before it is paid for. Orders of magnitude.
+
+From the shapes in the model's files alone: matrix products counted, divided by a rate that these
+machines reach. A stage that is there already costs nothing.
+"""
+
+from dataclasses import dataclass
+
+from jobs.spec import JobSpec
+from orchestrator.plan import ModelFacts, model_facts
+from workers.keys import StageKeys
+from workers.locate import config_of
+
+CPU_FLOPS = 2e10
+"""Of one core, fp32, in products as small as ours."""
+GPU_FLOPS = 2e14
+START_S = 20.0
+"""A Train run with its processes, torch and transformers imported."""
+PROCESS_GIB = 0.6
+TEXT_TOKENS = 32
+"""Of a question with its answer."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one job. Memory is that of one worker."""
+
+    memory_gib: float
+    seconds: float
+
+
+def estimate(job: JobSpec, done: set[tuple[str, str]]) -> Estimate:
+    """What a job needs, the stages in `done` being there already."""
+    facts = model_facts(job.model.model_copy(update={"fingerprint": None}))
+    on_gpu = job.resources.gpus_per_worker > 0
+    rate = GPU_FLOPS if on_gpu else CPU_FLOPS * job.resources.cpus_per_worker
+    flops = sum(
+        _flops(name, job, facts) for name, key in StageKeys.of(job).all() if (name, key) not in done
+    )
+    return Estimate(
+        memory_gib=_memory_gib(job, facts, bytes_per_param=2 if on_gpu else 4),
+        seconds=START_S + flops / rate / job.num_workers,
+    )
+
+
+def _flops(stage: str, job: JobSpec, facts: ModelFacts) -> float:
+    weights = sum(outputs * inputs for _, outputs, inputs in facts.prunable.values())
+    forward = 2.0 * weights
+    if stage == "evaluate":
+        return sum(
+            (spec.num_items or 10_000)
+            * forward
+            * _tokens(facts, spec.sequence_length, spec.dataset.is_text)
+            for spec in job.evaluate
+        ) / len(job.evaluate)
+    calibration = job.calibration
+    tokens = _tokens(facts, calibration.sequence_length, calibration.dataset.is_text)
+    if stage in ("statistics", "prune") and job.is_calibrated:
+        grams = sum(2.0 * inputs * inputs for _, _, inputs in facts.prunable.values())
+        solve = sum(4.0 * outputs * inputs**2 for _, outputs, inputs in facts.prunable.values())
+        return calibration.num_samples * tokens * (2 * forward + grams) + solve
+    if job.repair is not None and stage in ("teacher", "repair"):
+        samples = job.repair.num_steps * job.repair.batch_size
+        return samples * tokens * forward * (1 if stage == "teacher" else 4)
+    return 0.0
+
+
+def _memory_gib(job: JobSpec, facts: ModelFacts, *, bytes_per_param: int) -> float:
+    widest = max(inputs for _, _, inputs in facts.prunable.values())
+    tokens = _tokens(facts, job.calibration.sequence_length, job.calibration.dataset.is_text)
+    needed = facts.num_params * bytes_per_param * 1.5  # the model, and half of it while saving
+    if job.is_calibrated:
+        width = min(inputs for _, _, inputs in facts.prunable.values())
+        needed += 6 * widest**2 * 4 + job.calibration.num_samples * tokens * width * bytes_per_param
+    if job.repair is not None:
+        per_sample = tokens * widest * bytes_per_param * len(facts.prunable)
+        needed += job.repair.batch_size / job.num_workers * per_sample
+    return PROCESS_GIB + needed / 2**30
+
+
+def _tokens(facts: ModelFacts, sequence_length: int, is_text: bool) -> float:
+    if is_text:
+        return sequence_length
+    vision = config_of(facts.folder).get("vision_config", {})
+    side: int = vision.get("image_size", 0) // vision.get("patch_size", 1)
+    return side**2 + TEXT_TOKENS

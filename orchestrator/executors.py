@@ -1,0 +1,242 @@
+"""Where jobs run: on Ray, one Tune trial and one Train run each, or here in this process.
+
+Both executors take planned jobs, call `on_settled` with each result, and leave everything that
+matters in the storage. Ray is imported only when it is used.
+"""
+
+import os
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Protocol
+
+from jobs.errors import PrunefleetError, SpecError
+from jobs.result import JobResult
+from jobs.spec import JobSpec
+from jobs.storage import Storage
+from orchestrator.settle import settle
+from workers.entry import TRAIN_FOLDER, result_from, train_worker
+
+TUNE_FOLDER = "ray/tune"
+TRIAL_CPUS = 0.01
+"""A trial only waits for its Train workers, which reserve their own CPUs."""
+
+RAY_ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how often a Train run looks whether it is over
+    "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "1800",  # without it a lost worker is waited for for ever
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+OnSettled = Callable[[JobSpec, JobResult], None]
+
+
+class Executor(Protocol):
+    def run(self, jobs: Sequence[JobSpec], storage: Storage, on_settled: OnSettled) -> None:
+        """Settle every job: after this each has a row."""
+
+
+class InlineExecutor:
+    """One job after the other in this process, without Ray: for tests and for debugging.
+
+    A job that repairs with several workers runs with one; see `RepairSpec.num_workers`.
+    """
+
+    def run(self, jobs: Sequence[JobSpec], storage: Storage, on_settled: OnSettled) -> None:
+        for job in jobs:
+            on_settled(job, settle(job, storage, partial(_here, job, storage)))
+
+
+def _here(job: JobSpec, storage: Storage, attempt: int) -> JobResult:
+    import torch
+
+    from workers.context import Context, threads
+    from workers.run import run_job
+
+    device = torch.device("cuda" if job.resources.gpus_per_worker else "cpu")
+    with (
+        tempfile.TemporaryDirectory(prefix=f"prunefleet-{job.key}-") as scratch,
+        threads(job.resources.cpus_per_worker),
+    ):
+        return run_job(job, Context(storage, job.key, Path(scratch), device))
+
+
+class RayExecutor:
+    """On a Ray cluster: the one at `address`, or one that is started here and ends with us."""
+
+    def __init__(self, address: str | None = None) -> None:
+        self.address = address
+
+    def run(self, jobs: Sequence[JobSpec], storage: Storage, on_settled: OnSettled) -> None:
+        if not jobs:
+            return
+        if storage.url.startswith("memory:"):
+            raise SpecError("storage memory:// is seen by one process only; Ray needs a shared one")
+        self._connect()
+        import ray
+
+        try:
+            for _, same_shape in groupby(jobs, key=_shape):
+                self._run_alike(list(same_shape), storage, on_settled)
+        finally:
+            ray.shutdown()
+
+    def _connect(self) -> None:
+        for name, value in RAY_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        starts_one = self.address is None
+        if starts_one:
+            os.environ["RAY_AUTH_MODE"] = "token"
+        import ray
+
+        # A dead run's placement group is freed by a process that asks the dashboard about it.
+        dashboard: dict[str, Any] = {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
+        ray.init(
+            address=self.address,
+            log_to_driver=False,
+            logging_level="ERROR",
+            runtime_env={"env_vars": RAY_ENVIRONMENT},
+            **(dashboard if starts_one else {}),
+        )
+
+    def _run_alike(self, jobs: list[JobSpec], storage: Storage, on_settled: OnSettled) -> None:
+        """One Tune run over jobs of equal resources, as many at a time as the cluster holds."""
+        from ray import tune
+
+        by_key = {job.key: job for job in jobs}
+
+        class Report(tune.Callback):  # type: ignore[misc]
+            def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
+                value = trial.last_result["result"]
+                on_settled(by_key[value["job_key"]], result_from(value))
+
+        name = f"{jobs[0].sweep}-{uuid.uuid4().hex[:8]}"
+        results = tune.Tuner(
+            tune.with_resources(_trial, {"CPU": TRIAL_CPUS}),
+            param_space={
+                "job": tune.grid_search([job.model_dump(mode="json") for job in jobs]),
+                "storage": storage.url,
+            },
+            tune_config=tune.TuneConfig(
+                max_concurrent_trials=_slots(jobs[0]),
+                reuse_actors=True,
+                trial_dirname_creator=lambda trial: (
+                    f"{trial.config['job']['sweep']}-{trial.trial_id}"
+                ),
+            ),
+            run_config=tune.RunConfig(
+                name=name,
+                storage_path=f"{storage.url}/{TUNE_FOLDER}",
+                failure_config=tune.FailureConfig(max_failures=2),
+                callbacks=[Report()],
+                verbose=0,
+            ),
+        ).fit()
+        storage.remove_folder(f"{TUNE_FOLDER}/{name}")
+        if results.errors:
+            raise PrunefleetError(
+                f"{len(results.errors)} trials ended without a row; the first says: "
+                f"{results.errors[0]}. Run the sweep again: finished stages are kept"
+            )
+
+
+def _trial(config: dict[str, Any]) -> None:
+    """What Tune runs: one job, in an actor of its own that waits for the job's Train run."""
+    from dataclasses import asdict
+
+    from ray import tune
+
+    job = JobSpec.model_validate(config["job"])
+    storage = Storage(config["storage"])
+    result = settle(job, storage, partial(_fit, job, storage))
+    tune.report({"result": asdict(result)})
+
+
+def _fit(job: JobSpec, storage: Storage, attempt: int) -> JobResult:
+    """One attempt at a job as a Ray Train run.
+
+    Raises:
+        PrunefleetError: what a worker raised, if it was one of ours.
+        ray.train.TrainingFailedError: a worker died, or Ray could not go on.
+    """
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    need = job.resources
+    name = f"{job.key}-{attempt}-{uuid.uuid4().hex[:8]}"
+    resources: dict[str, float] = {"CPU": need.cpus_per_worker}
+    if need.gpus_per_worker:
+        resources["GPU"] = need.gpus_per_worker
+    if need.memory_gib_per_worker:
+        resources["memory"] = need.memory_gib_per_worker * 2**30
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"job": job.model_dump(mode="json"), "storage": storage.url},
+        torch_config=TorchConfig(backend="nccl" if need.gpus_per_worker else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=job.num_workers,
+            use_gpu=bool(need.gpus_per_worker),
+            resources_per_worker=resources,
+        ),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=f"{storage.url}/{TRAIN_FOLDER}",
+            # Retries are ours (settle.py). Ray's default for its controller is to retry for ever.
+            failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=3),
+        ),
+    )
+    try:
+        result = result_from(trainer.fit().return_value)
+    except ray.train.TrainingFailedError as error:
+        raise _cause(error) from error
+    storage.remove_folder(f"{TRAIN_FOLDER}/{name}")
+    return result
+
+
+def _cause(error: Exception) -> Exception:
+    """Our own error out of what Ray Train wraps it in; else the error itself."""
+    for failure in getattr(error, "worker_failures", {}).values():
+        for inner in _chain(failure):
+            if isinstance(inner, PrunefleetError):
+                return inner
+    return error
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = (
+            getattr(error, "_base_exc", None) or getattr(error, "cause", None) or error.__cause__
+        )
+
+
+def _shape(job: JobSpec) -> tuple[Any, ...]:
+    """Jobs of one shape fill a cluster without deadlock or gaps: they are run together."""
+    return job.num_workers, job.resources
+
+
+def _slots(job: JobSpec) -> int:
+    """How many jobs of this shape the cluster holds at a time.
+
+    Raises:
+        SpecError: not one.
+    """
+    import ray
+
+    total = ray.cluster_resources()
+    need = {
+        "CPU": job.num_workers * job.resources.cpus_per_worker,
+        "GPU": job.num_workers * job.resources.gpus_per_worker,
+    }
+    fits = min(int(total.get(name, 0) // amount) for name, amount in need.items() if amount)
+    if fits == 0:
+        raise SpecError(
+            f"resources: a job needs {need['CPU']} CPUs and {need['GPU']:g} GPUs for its "
+            f"{job.num_workers} workers; the cluster has {total.get('CPU', 0):g} and "
+            f"{total.get('GPU', 0):g}"
+        )
+    return fits

@@ -1,0 +1,121 @@
+"""What a person sees while jobs run: a live table in a terminal, plain lines when piped.
+
+Workers write how far they are to the storage, `progress/JOB.json`; this reads it. So it works the
+same for a cluster, for this process, and for somebody who looks from another terminal.
+"""
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from jobs.errors import StorageError
+from jobs.result import JobResult
+from jobs.spec import JobSpec
+from jobs.storage import Storage
+
+REFRESH_S = 1.0
+STALE_S = 600.0
+
+
+class Progress:
+    """Watches the jobs of one run."""
+
+    def __init__(self, jobs: Sequence[JobSpec], storage: Storage, console: Console) -> None:
+        self.jobs = {job.key: job for job in jobs}
+        self.storage = storage
+        self.console = console
+        self.started = time.time()
+        self.results: dict[str, JobResult] = {}
+        self._told: dict[str, str] = {}
+        self._over = threading.Event()
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Show progress while the block runs."""
+        live = Live(console=self.console, get_renderable=self._table, auto_refresh=False)
+        shows_live = self.console.is_terminal and bool(self.jobs)
+        thread = threading.Thread(
+            target=self._watch, args=(live if shows_live else None,), daemon=True
+        )
+        if shows_live:
+            live.start()
+        thread.start()
+        try:
+            yield
+        finally:
+            self._over.set()
+            thread.join()
+            if shows_live:
+                live.update(self._table(), refresh=True)
+                live.stop()
+
+    def settled(self, job: JobSpec, result: JobResult) -> None:
+        """Note that a job has ended, and say so."""
+        self.results[job.key] = result
+        with suppress(StorageError):
+            self.storage.delete(f"progress/{job.key}.json")
+        if result.status == "failed":
+            outcome = f"[red]failed ({result.error_kind})[/red]: {result.error}"
+        else:
+            scores = {(s.weights, s.benchmark): s for s in result.scores}
+            last = list(scores.values())[-1]
+            outcome = f"{last.benchmark} {last.metric} {last.score:.4g} ({last.weights})"
+        seconds = result.facts.get("seconds_total", 0.0)
+        count = f"{len(self.results)}/{len(self.jobs)}"
+        self.console.print(
+            f"[{count}] {describe(job)}: {outcome}, {seconds:.0f} s", highlight=False
+        )
+
+    def _watch(self, live: Live | None) -> None:
+        while not self._over.wait(REFRESH_S):
+            if live is not None:
+                live.update(self._table(), refresh=True)
+                continue
+            for key, beat in self._beats():
+                stage = str(beat["stage"])
+                if self._told.get(key) != stage:
+                    self._told[key] = stage
+                    job = describe(self.jobs[key])
+                    self.console.print(f"      {job}: {stage} {_share(beat)}", highlight=False)
+
+    def _table(self) -> Table:
+        elapsed = time.time() - self.started
+        title = f"{len(self.results)} of {len(self.jobs)} jobs done, {elapsed:.0f} s"
+        table = Table("job", "stage", "progress", title=title, title_justify="left", box=None)
+        for key, beat in self._beats():
+            table.add_row(describe(self.jobs[key]), str(beat["stage"]), _share(beat))
+        return table
+
+    def _beats(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        for key in self.jobs:
+            if key in self.results:
+                continue
+            with suppress(StorageError, FileNotFoundError, KeyError, TypeError):
+                beat = self.storage.read_json(f"progress/{key}.json")
+                if beat["time"] > self.started - STALE_S:
+                    yield key, beat
+
+
+def describe(job: JobSpec) -> str:
+    """A job in a few words: `wanda 2:4 vision+language 0.5 + sparse_lora`."""
+    if job.prune is None:
+        return f"{job.model.name} dense"
+    sparsity = job.prune.sparsity
+    amounts = {f"{value:g}" for value in sparsity.values()}
+    where = (
+        f"{'+'.join(sparsity)} {amounts.pop()}"
+        if len(amounts) == 1
+        else " ".join(f"{tower} {value:g}" for tower, value in sparsity.items())
+    )
+    repair = f" + {job.repair.method}" if job.repair else ""
+    return f"{job.prune.method.name} {job.prune.pattern} {where}{repair}"
+
+
+def _share(beat: dict[str, Any]) -> str:
+    return f"{beat['done']}/{beat['total']}"

@@ -1,0 +1,129 @@
+"""Bring one job to its end: try, classify what went wrong, try again where that can help, publish.
+
+The same for both executors. The row is the commit point: whatever dies before it is published is
+run again, and finds its finished stages.
+"""
+
+import importlib.metadata
+import logging
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jobs.errors import PrunefleetError
+from jobs.result import JobResult
+from jobs.spec import JobSpec
+from jobs.storage import Storage
+from orchestrator import leaderboard
+
+log = logging.getLogger("prunefleet")
+
+MAX_ATTEMPTS = 3
+"""Of a job that was killed, or that storage failed. An error of its own making is final."""
+
+PACKAGES = ("prunefleet", "torch", "transformers", "ray", "deepspeed", "peft")
+
+
+def settle(job: JobSpec, storage: Storage, run: Callable[[int], JobResult]) -> JobResult:
+    """Run a job until it is complete or has failed for good, and publish its rows.
+
+    Args:
+        run: one attempt, given its number from 1. Raises what went wrong.
+    """
+    started = time.time()
+    for attempt in range(1, MAX_ATTEMPTS + 1):
+        try:
+            result = run(attempt)
+            break
+        except PrunefleetError as error:
+            result = _failed(job, error.kind, error.message)
+            if not error.retryable:
+                break
+        except Exception as error:
+            log.exception("job %s, attempt %d", job.key, attempt)
+            result = _failed(job, "unknown", f"{type(error).__name__}: {error}")
+    total = time.time() - started
+    computing = result.facts.pop("seconds_computing", 0.0)
+    result.facts.update(seconds_total=total, seconds_orchestration=total - computing)
+    result.facts.update(attempt=attempt)
+    leaderboard.publish(storage, job_columns(job) | provenance(), result)
+    return result
+
+
+def _failed(job: JobSpec, kind: str, message: str) -> JobResult:
+    return JobResult(job.key, "failed", error=message, error_kind=kind)
+
+
+def job_columns(job: JobSpec) -> dict[str, Any]:
+    """The leaderboard columns that follow from a job's settings. Null where they have no effect."""
+    columns: dict[str, Any] = {
+        "sweep": job.sweep,
+        "model": job.model.name,
+        "method": "dense",
+        "repair": job.repair.method if job.repair else "none",
+        "seed": job.seed,
+        "job": job.model_dump_json(),
+    }
+    if job.prune is None:
+        return columns
+    asked = job.prune.sparsity
+    values = set(asked.values())
+    return columns | {
+        "method": job.prune.method.name,
+        "pattern": job.prune.pattern,
+        "sparsity": values.pop() if len(values) == 1 else None,
+        "sparsity_vision_asked": asked.get("vision"),
+        "sparsity_language_asked": asked.get("language"),
+        "towers": "+".join(asked),
+        "allocation": "uniform",
+        "propagate": job.calibration.propagate if job.is_calibrated else None,
+    }
+
+
+@cache
+def _fixed_provenance() -> dict[str, Any]:
+    versions = {f"version_{name}": _version(name) for name in PACKAGES}
+    return versions | {
+        "git_commit": os.environ.get("PRUNEFLEET_COMMIT") or _git_commit(),
+        "image_digest": os.environ.get("PRUNEFLEET_IMAGE_DIGEST"),
+        "hostname": socket.gethostname(),
+    }
+
+
+def provenance() -> dict[str, Any]:
+    """Where these numbers come from: versions, commit, image, host."""
+    return dict(_fixed_provenance())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """Of the checkout that this runs from, `-dirty` if it was changed; None outside of one."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        ).stdout.strip()
+
+    try:
+        if not git("ls-files", "settle.py"):
+            return None  # installed somewhere inside another project's checkout
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None

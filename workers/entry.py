@@ -1,0 +1,72 @@
+"""What Ray Train calls in each worker process. The one file in `workers` that knows Ray.
+
+Light on purpose: Ray imports it in helper processes that never need torch.
+"""
+
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import ray.train
+
+from jobs.result import JobResult, Score
+from jobs.spec import JobSpec
+from jobs.storage import Storage
+
+TRAIN_FOLDER = "ray/train"
+"""In the storage: where Ray Train keeps checkpoints of running jobs."""
+
+
+def train_worker(config: dict[str, Any]) -> dict[str, Any]:
+    """Run a job as one of its Train workers.
+
+    Args:
+        config: `job`, a JobSpec as a mapping, and `storage`, a URL.
+
+    Returns:
+        The JobResult as a mapping; Ray hands on rank 0's.
+    """
+    import torch
+
+    from workers.run import run_job
+
+    job = JobSpec.model_validate(config["job"])
+    torch.set_num_threads(job.resources.cpus_per_worker)
+    with tempfile.TemporaryDirectory(prefix=f"prunefleet-{job.key}-") as scratch:
+        context = _train_context(Storage(config["storage"]), job.key, Path(scratch))
+        return asdict(run_job(job, context))
+
+
+def result_from(value: dict[str, Any]) -> JobResult:
+    """Rebuild what `train_worker` returned."""
+    scores = tuple(Score(**score) for score in value["scores"])
+    return JobResult(**(value | {"scores": scores}))
+
+
+def _train_context(storage: Storage, job_key: str, scratch: Path) -> Any:
+    from ray.train.torch import get_device
+
+    from workers.context import Context
+
+    class TrainContext(Context):
+        """Checkpoints go to the storage through Ray Train; the pointer to them is ours.
+
+        Ray's own record of checkpoints is not written atomically, and one damaged stops every
+        later attempt of that name. So each attempt has a new name, and finds the checkpoint by
+        our pointer.
+        """
+
+        def _store_checkpoint(self, stage: str, step: int, folder: Path) -> str:
+            name = f"{stage}-{step:08d}"
+            ray.train.report(
+                {"stage": stage, "step": step},
+                checkpoint=ray.train.Checkpoint.from_directory(folder),
+                checkpoint_dir_name=name,
+            )
+            return f"{TRAIN_FOLDER}/{ray.train.get_context().get_experiment_name()}/{name}"
+
+    context = TrainContext(storage, job_key, scratch, get_device())
+    context.rank = ray.train.get_context().get_world_rank()
+    context.world = ray.train.get_context().get_world_size()
+    return context

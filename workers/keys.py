@@ -1,0 +1,94 @@
+"""The keys of a job's stages: what they depend on, in one place. Free of torch, for the plan.
+
+A stage's key hashes its own settings, the keys of its inputs and its code epoch, and nothing else:
+two jobs whose keys agree share the output.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from jobs.result import Weights
+from jobs.spec import JobSpec, content_key, settings_of
+
+CODE_EPOCHS = {"statistics": 1, "prune": 1, "teacher": 1, "repair": 1, "evaluate": 1}
+"""Raise a stage's number by hand when its results change: old outputs are then not reused."""
+
+STAGES = tuple(CODE_EPOCHS)
+
+
+@dataclass(frozen=True)
+class StageKeys:
+    """None where a job has no such stage."""
+
+    statistics: str | None
+    """Of the dense model, shared by every method, sparsity, pattern and mix of modalities."""
+    prune: str | None
+    teacher: str | None
+    """The dense model's answers on the repair data, shared by every pruned model."""
+    repair: str | None
+    evaluate: dict[tuple[Weights, str], str]
+    """By weights and benchmark. The dense model's are shared by all jobs."""
+
+    @classmethod
+    def of(cls, job: JobSpec) -> "StageKeys":
+        """Raises AssertionError for a job that the plan has not given its fingerprints."""
+        dense = job.model.fingerprint
+        assert dense is not None
+        statistics = _statistics_key(job, dense)
+        prune = _prune_key(job, dense, statistics)
+        teacher = _teacher_key(job, dense)
+        repair = None
+        if job.repair is not None and prune is not None:
+            settings = {"repair": settings_of(job.repair), "seed": job.seed}
+            repair = _key("repair", settings, prune, teacher)
+        inputs: dict[Weights, str | None] = {"dense": dense, "pruned": prune, "repaired": repair}
+        evaluate = {
+            (weights, spec.label): _key("evaluate", settings_of(spec), key)
+            for weights, key in inputs.items()
+            if key is not None
+            for spec in job.evaluate
+        }
+        return cls(statistics, prune, teacher, repair, evaluate)
+
+    def all(self) -> list[tuple[str, str]]:
+        """(stage, key) of every stage of the job, in the order they run."""
+        single = [
+            (name, getattr(self, name)) for name in ("statistics", "prune", "teacher", "repair")
+        ]
+        return [pair for pair in single if pair[1]] + [
+            ("evaluate", key) for key in self.evaluate.values()
+        ]
+
+
+def stage_path(name: str, key: str) -> str:
+    """Where a stage's output lies in the storage."""
+    return f"stages/{name}/{key}"
+
+
+def _statistics_key(job: JobSpec, dense: str) -> str | None:
+    if not job.is_calibrated or job.calibration.propagate != "dense":
+        return None
+    unmixed = job.calibration.model_copy(update={"visual_weight": 1.0})
+    return _key("statistics", {"calibration": settings_of(unmixed), "seed": job.seed}, dense)
+
+
+def _prune_key(job: JobSpec, dense: str, statistics: str | None) -> str | None:
+    if job.prune is None:
+        return None
+    settings: dict[str, Any] = {"prune": settings_of(job.prune)}
+    if job.is_calibrated:
+        settings |= {"calibration": settings_of(job.calibration), "seed": job.seed}
+    return _key("prune", settings, dense, statistics)
+
+
+def _teacher_key(job: JobSpec, dense: str) -> str | None:
+    """Which samples are asked follows from dataset, number of steps, batch size and seed."""
+    if job.repair is None or job.repair.distill == 0:
+        return None
+    draws = {"dataset", "sequence_length", "num_steps", "batch_size", "temperature"}
+    settings = {name: value for name, value in settings_of(job.repair).items() if name in draws}
+    return _key("teacher", settings | {"seed": job.seed}, dense)
+
+
+def _key(stage: str, settings: Any, *inputs: str | None) -> str:
+    return content_key([stage, CODE_EPOCHS[stage], settings, inputs])
