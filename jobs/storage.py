@@ -20,7 +20,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -317,7 +317,7 @@ class Storage:
 
 
 def _is_hidden(name: str) -> bool:
-    return any(part.startswith(("_tmp", ".")) for part in PurePosixPath(name).parts)
+    return any(part.startswith(("_tmp", ".")) for part in name.split("/"))
 
 
 def _local_files(root: str) -> Iterator[tuple[str, str]]:
@@ -326,12 +326,12 @@ def _local_files(root: str) -> Iterator[tuple[str, str]]:
             raise error
 
     for folder, _, names in os.walk(root, onerror=tolerate_gone):
+        below = folder[len(root) + 1 :]
         for name in names:
-            file = os.path.join(folder, name)
             with contextlib.suppress(FileNotFoundError):  # gone since it was listed
-                stat = os.stat(file)
+                stat = os.stat(f"{folder}/{name}")
                 version = f"{stat.st_ino} {stat.st_mtime_ns} {stat.st_size}"
-                yield os.path.relpath(file, root), version
+                yield f"{below}/{name}" if below else name, version
 
 
 def _temporary_beside(final: Path) -> Path:

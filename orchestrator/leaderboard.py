@@ -32,7 +32,6 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from pathlib import PurePosixPath
 from typing import Any, Literal, get_args
 
 import pandas as pd
@@ -109,6 +108,7 @@ _FACTS = {
     "hostname": pa.string(),
     "attempt": pa.int64(),
     "job": pa.string(),  # the resolved job as JSON
+    "warnings": pa.string(),  # what was adjusted on the way
     "stages": pa.string(),  # JSON: key, seconds and whether cached, per stage
 }
 SCHEMA = pa.schema(list((_OUTCOME | _FACTS | _SCORE).items()))
@@ -220,7 +220,7 @@ def row_path(job_key: str, status: Status) -> str:
 
 def _parse_path(path: str) -> tuple[str, Status]:
     """Job key and status of a row's file; the key is empty if it is none of ours."""
-    key, _, suffix = PurePosixPath(path).name.partition(".")
+    key, _, suffix = path.rpartition("/")[2].partition(".")
     if suffix == "parquet":
         return key, "complete"
     return (key if suffix == "failed.parquet" else ""), "failed"
@@ -386,7 +386,8 @@ def _read_table(storage: Storage, path: str) -> pa.Table | None:
     """None if the file is gone by now, or broken: then with a warning."""
     try:
         data = pa.BufferReader(storage.read_bytes(path))
-        return _conformed(pq.ParquetFile(data, page_checksum_verification=True).read())
+        file = pq.ParquetFile(data, page_checksum_verification=True)
+        return _conformed(file.read(use_threads=False))  # small, and many are read at once
     except FileNotFoundError:
         return None
     except (pa.ArrowException, OSError) as error:
