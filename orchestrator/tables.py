@@ -1,0 +1,140 @@
+"""The leaderboard as a person reads it: a table per benchmark and metric, then what failed.
+
+Lines are plain text, so that a pipe gets what a terminal shows. Where a table is wider than the
+terminal, each job takes two lines instead.
+"""
+
+import sys
+from collections.abc import Iterator
+from typing import Any, get_args
+
+import pandas as pd
+from rich.console import Console
+
+from jobs.result import Weights
+
+JOB_COLUMNS = ("model", "method", "pattern", "propagate", "vision", "language", "repair", "seed")
+"""What tells jobs apart. A column in which all agree is said once, above the table."""
+
+SORT_BY = ["model", "sparsity", "pattern", "method", "repair", "seed"]
+
+
+def print_leaderboard(frame: pd.DataFrame, console: Console) -> None:
+    """Print rows as `orchestrator.leaderboard.load` gives them."""
+    if frame.empty:
+        console.print("No results.")
+    frame = frame.sort_values(SORT_BY, na_position="first", kind="stable")
+    for (benchmark, metric), rows in frame.groupby(["benchmark", "metric"]):
+        jobs = [_cells(its) for _, its in rows.groupby("job_key", sort=False)]
+        _print_table(f"{benchmark}, {metric}", jobs, console)
+    failed = frame[frame["status"] == "failed"]
+    if len(failed):
+        _print_line(f"{len(failed)} failed", console, style="bold red")
+    for _, job in failed.iterrows():
+        cells = [_text(job[name]) for name in ("model", "method", "sparsity", "pattern")]
+        what = " ".join(cell for cell in cells if cell)
+        _print_line(f"{job['job_key'][:8]}  {what}  {job['error_kind']}: {job['error']}", console)
+
+
+def _print_table(title: str, jobs: list[dict[str, str]], console: Console) -> None:
+    line_width = console.width if console.is_terminal else sys.maxsize
+    foldable = list(JOB_COLUMNS)
+    if any(job["pruned"] or job["repaired"] for job in jobs):
+        foldable.append("dense")
+    shared = [name for name in foldable if len({job[name] for job in jobs}) == 1]
+    said = {name: jobs[0][name] for name in shared if jobs[0][name]}
+    _print_line(title, console, style="bold")
+    for line in _wrapped([f"{name} {value}" for name, value in said.items()], line_width):
+        _print_line(line, console, style="dim")
+    names = [name for name in jobs[0] if name not in shared and any(job[name] for job in jobs)]
+    widths = {name: max(len(name), *(len(job[name]) for job in jobs)) for name in names}
+    if sum(widths.values()) + 2 * (len(widths) - 1) > line_width:
+        for job in jobs:
+            for line in _stacked({name: job[name] for name in names}, line_width):
+                _print_line(line, console)
+    else:
+        header = {name: name for name in names}
+        for job in [header, *jobs]:
+            line = "  ".join(job[name].ljust(widths[name]) for name in names).rstrip()
+            _print_line(line, console, style="underline" if job is header else "")
+    _print_line("", console)
+
+
+def _cells(rows: pd.DataFrame) -> dict[str, str]:
+    """One job on one benchmark, as text. Empty where there is nothing to say."""
+    job = rows.iloc[0]
+    scores = {row["weights"]: _score(row) for _, row in rows.iterrows()}
+    return {
+        "model": _text(job["model"]),
+        "method": _text(job["method"]),
+        "pattern": _text(job["pattern"]),
+        "propagate": _text(job["propagate"]),
+        "vision": _sparsity(job["sparsity_vision_asked"], job["sparsity_vision"]),
+        "language": _sparsity(job["sparsity_language_asked"], job["sparsity_language"]),
+        "repair": _text(job["repair"]),
+        "seed": _text(job["seed"]),
+        **{weights: scores.get(weights, "") for weights in get_args(Weights)},
+        "time": _duration(job["seconds_total"]),
+        "job": job["job_key"][:8],
+    }
+
+
+def _text(value: Any) -> str:
+    if pd.isna(value):
+        return ""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _score(row: Any) -> str:
+    """The score and half its 95% interval, in four digits: 0.812 ±0.025, 16.20 ±0.31."""
+    score = row["score"]
+    decimals = 3 if abs(score) < 10 else 2 if abs(score) < 100 else 1
+    if pd.isna(row["score_low"]) or pd.isna(row["score_high"]):
+        return f"{score:.{decimals}f}"
+    half = (row["score_high"] - row["score_low"]) / 2
+    return f"{score:.{decimals}f} ±{half:.{decimals}f}"
+
+
+def _sparsity(asked: float, counted: float) -> str:
+    """What was asked, and what the saved file holds. Nothing of a tower that was left alone."""
+    if pd.isna(asked):
+        return f"{counted:.3f}" if counted > 0 else ""
+    return f"{asked:g}→{'?' if pd.isna(counted) else f'{counted:.3f}'}"
+
+
+def _duration(seconds: float) -> str:
+    if pd.isna(seconds):
+        return ""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _stacked(cells: dict[str, str], width: int) -> Iterator[str]:
+    """A job that is too wide for a line: what it is, then, indented, what came out."""
+    speaks_for_itself = ("model", "method", "pattern", "repair")
+    words = {
+        name: cell if name in speaks_for_itself else f"{name} {cell}"
+        for name, cell in cells.items()
+        if cell
+    }
+    yield from _wrapped([words[name] for name in words if name in JOB_COLUMNS], width)
+    outcome = [words[name] for name in words if name not in JOB_COLUMNS]
+    yield from (f"  {line}" for line in _wrapped(outcome, width - 2))
+
+
+def _wrapped(words: list[str], width: int) -> Iterator[str]:
+    """Words in lines no wider than `width`, never broken inside of one."""
+    line = ""
+    for word in words:
+        if line and len(line) + 2 + len(word) > width:
+            yield line
+            line = word
+        else:
+            line = f"{line}  {word}" if line else word
+    if line:
+        yield line
+
+
+def _print_line(line: str, console: Console, *, style: str = "") -> None:
+    console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
