@@ -5,7 +5,7 @@ terminal, each job takes two lines instead.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any, get_args
 
 import pandas as pd
@@ -16,6 +16,7 @@ from jobs.result import Weights
 JOB_COLUMNS = ("model", "method", "pattern", "propagate", "vision", "language", "repair", "seed")
 """What tells jobs apart. A column in which all agree is said once, above the table."""
 
+Row = dict[Hashable, Any]
 SORT_BY = ["model", "sparsity", "pattern", "method", "repair", "seed"]
 
 
@@ -25,12 +26,15 @@ def print_leaderboard(frame: pd.DataFrame, console: Console) -> None:
         console.print("No results.")
     frame = frame.sort_values(SORT_BY, na_position="first", kind="stable")
     for (benchmark, metric), rows in frame.groupby(["benchmark", "metric"]):
-        jobs = [_cells(its) for _, its in rows.groupby("job_key", sort=False)]
+        by_job: dict[str, list[Row]] = {}
+        for row in rows.to_dict("records"):
+            by_job.setdefault(row["job_key"], []).append(row)
+        jobs = [_cells(its) for its in by_job.values()]
         _print_table(f"{benchmark}, {metric}", jobs, console)
     failed = frame[frame["status"] == "failed"]
     if len(failed):
         _print_line(f"{len(failed)} failed", console, style="bold red")
-    for _, job in failed.iterrows():
+    for job in failed.to_dict("records"):
         cells = [_text(job[name]) for name in ("model", "method", "sparsity", "pattern")]
         what = " ".join(cell for cell in cells if cell)
         _print_line(f"{job['job_key'][:8]}  {what}  {job['error_kind']}: {job['error']}", console)
@@ -60,10 +64,10 @@ def _print_table(title: str, jobs: list[dict[str, str]], console: Console) -> No
     _print_line("", console)
 
 
-def _cells(rows: pd.DataFrame) -> dict[str, str]:
+def _cells(rows: list[Row]) -> dict[str, str]:
     """One job on one benchmark, as text. Empty where there is nothing to say."""
-    job = rows.iloc[0]
-    scores = {row["weights"]: _score(row) for _, row in rows.iterrows()}
+    job = rows[0]
+    scores = {row["weights"]: _score(row) for row in rows}
     return {
         "model": _text(job["model"]),
         "method": _text(job["method"]),
@@ -85,7 +89,7 @@ def _text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _score(row: Any) -> str:
+def _score(row: Row) -> str:
     """The score and half its 95% interval, in four digits: 0.812 ±0.025, 16.20 ±0.31."""
     score = row["score"]
     decimals = 3 if abs(score) < 10 else 2 if abs(score) < 100 else 1
