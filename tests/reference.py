@@ -1,0 +1,85 @@
+"""The published algorithms as plain loops, to hold the fast ones against. Slow on purpose.
+
+Shape letters: O output features, I input features, B columns of a panel.
+"""
+
+import torch
+from torch import Tensor
+
+
+def inverse_factor(
+    gram_II: Tensor, num_sequences: float, damping: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The damped Hessian, U with H⁻¹ = Uᵀ U, upper, and which inputs are always 0."""
+    hessian_II = gram_II * (2 / num_sequences)
+    dead_I = hessian_II.diagonal() == 0
+    hessian_II[dead_I, dead_I] = 1
+    hessian_II.diagonal().add_(damping * hessian_II.diagonal().mean())
+    inverse_II = torch.cholesky_inverse(torch.linalg.cholesky(hessian_II))
+    return hessian_II, torch.linalg.cholesky(inverse_II, upper=True), dead_I
+
+
+def sparsegpt_loop(
+    weight_OI: Tensor,
+    gram_II: Tensor,
+    num_sequences: float,
+    sparsity: float,
+    *,
+    kept_of: tuple[int, int] | None = None,
+    damping: float = 0.01,
+    block_size: int = 128,
+) -> tuple[Tensor, Tensor, float]:
+    """SparseGPT, arXiv:2301.00774, column by column as its authors run it.
+
+    Returns:
+        Pruned weight, dropped mask (True is dropped), and the sum of the squared errors.
+    """
+    _, upper_II, dead_I = inverse_factor(gram_II, num_sequences, damping)
+    weight_OI = weight_OI.clone()
+    weight_OI[:, dead_I] = 0
+    drop_OI = torch.zeros_like(weight_OI, dtype=torch.bool)
+    loss = 0.0
+    for start in range(0, weight_OI.shape[1], block_size):
+        stop = min(start + block_size, weight_OI.shape[1])
+        panel_OB = weight_OI[:, start:stop].clone()
+        upper_BB = upper_II[start:stop, start:stop]
+        error_OB = torch.zeros_like(panel_OB)
+        drop_OB = drop_OI[:, start:stop]
+        if kept_of is None:
+            cost_OB = panel_OB**2 / upper_BB.diagonal() ** 2
+            threshold = cost_OB.flatten().sort().values[int(cost_OB.numel() * sparsity)]
+            drop_OB[:] = cost_OB <= threshold
+        for i in range(stop - start):
+            if kept_of is not None and i % kept_of[1] == 0:
+                group = slice(i, i + kept_of[1])
+                cost = panel_OB[:, group] ** 2 / upper_BB.diagonal()[group] ** 2
+                least = cost.topk(kept_of[1] - kept_of[0], dim=1, largest=False).indices
+                drop_OB[:, group].scatter_(1, least, True)
+            old_O = panel_OB[:, i].clone()
+            new_O = old_O.masked_fill(drop_OB[:, i], 0)
+            error_O = (old_O - new_O) / upper_BB[i, i]
+            panel_OB[:, i:] -= error_O[:, None] @ upper_BB[i : i + 1, i:]
+            panel_OB[:, i] = new_O
+            error_OB[:, i] = error_O
+        weight_OI[:, start:stop] = panel_OB
+        weight_OI[:, stop:] -= error_OB @ upper_II[start:stop, stop:]
+        loss += float(error_OB.square().sum())
+    return weight_OI, drop_OI, loss
+
+
+def drop_loop(saliency_OI: Tensor, sparsity: float, kept_of: tuple[int, int] | None) -> Tensor:
+    """Per row (or group of a row), the least salient weights, leftmost first. True is dropped."""
+    drop_OI = torch.zeros_like(saliency_OI, dtype=torch.bool)
+    num_inputs = saliency_OI.shape[1]
+    kept, size = kept_of or (num_inputs - round(sparsity * num_inputs), num_inputs)
+    for row, saliencies in enumerate(saliency_OI.tolist()):
+        for start in range(0, num_inputs, size):
+            ranked = sorted(range(start, start + size), key=lambda i: saliencies[i])
+            for i in ranked[: size - kept]:
+                drop_OI[row, i] = True
+    return drop_OI
+
+
+def squared_output_change(change_OI: Tensor, hessian_II: Tensor) -> float:
+    """tr(dW H dWᵀ), what every method here tries to keep small."""
+    return float(((change_OI @ hessian_II) * change_OI).sum())

@@ -1,0 +1,369 @@
+"""One contract for all pruning methods, and the laws that SparseGPT's fast path has to keep.
+
+Shape letters: O output features, I input features, T tokens.
+"""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import TypeAdapter, ValidationError
+
+from jobs.errors import NumericError
+from jobs.methods import DenseSpec, MagnitudeSpec, MethodSpec, SparseGPTSpec, WandaSpec
+from jobs.pattern import Pattern, Target
+from tests.reference import drop_loop, inverse_factor, sparsegpt_loop, squared_output_change
+from workers.methods import prune, prune_shared
+from workers.methods.hessian import factor_hessian
+from workers.methods.wanda import wanda_saliency
+from workers.statistics import Statistics
+
+NUM_INPUTS = 48
+METHODS = {
+    "magnitude": MagnitudeSpec(),
+    "magnitude, by row": MagnitudeSpec(compare="row"),
+    "wanda": WandaSpec(),
+    "sparsegpt": SparseGPTSpec(),
+    "sparsegpt, by row": SparseGPTSpec(threshold="row"),
+    "sparsegpt, by layer": SparseGPTSpec(threshold="layer"),
+    "sparsegpt, several panels": SparseGPTSpec(block_size=16, damping_rule="reference"),
+}
+TARGETS = {
+    "50%": Target(0.5),
+    "a third": Target(1 / 3),
+    "2:4": Target(0.5, Pattern(2, 4)),
+    "1:4": Target(0.75, Pattern(1, 4)),
+    "2:3": Target(1 / 3, Pattern(2, 3)),
+    "4:8": Target(0.5, Pattern(4, 8)),
+}
+PER_ROW = ("magnitude, by row", "wanda", "sparsegpt, by row")
+
+every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
+every_target = pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS.keys())
+REFERENCE_PATTERNS = [None, (2, 4), (4, 8)]
+
+
+def a_layer(num_outputs=10, num_inputs=NUM_INPUTS, *, num_tokens=200, seed=0, dead=()):
+    """A weight, and the statistics of correlated inputs of unequal loudness."""
+    generator = torch.Generator().manual_seed(seed)
+    weight_OI = torch.randn(num_outputs, num_inputs, generator=generator)
+    blend_II = torch.eye(num_inputs) + 0.3 * torch.randn(
+        num_inputs, num_inputs, generator=generator
+    ) / num_inputs**0.5 * torch.linspace(1, 4, num_inputs)
+    x_TI = torch.randn(num_tokens, num_inputs, generator=generator) @ blend_II
+    x_TI[:, list(dead)] = 0
+    statistics = Statistics.empty(num_inputs)
+    statistics.update(x_TI, num_sequences=4)
+    return weight_OI, statistics
+
+
+def target_for(kept_of, sparsity=0.5):
+    return Target(1 - kept_of[0] / kept_of[1], Pattern(*kept_of)) if kept_of else Target(sparsity)
+
+
+# The contract
+
+
+@every_method
+@every_target
+def test_the_count_is_exact_and_what_is_dropped_is_zero(method, target):
+    weight_OI, statistics = a_layer()
+
+    pruned = prune(weight_OI, statistics, target, method)
+
+    drop_OI = ~pruned.keep_OI
+    assert drop_OI.sum() == round(target.sparsity * weight_OI.numel())
+    assert torch.equal(pruned.weight_OI == 0, drop_OI)
+    if target.pattern.group:
+        per_group = drop_OI.reshape(-1, target.pattern.group).sum(dim=1)
+        assert per_group.unique().tolist() == [target.pattern.group - target.pattern.kept]
+
+
+@pytest.mark.parametrize("name", PER_ROW)
+def test_methods_that_rank_by_row_drop_as_much_from_every_row(name):
+    weight_OI, statistics = a_layer()
+
+    pruned = prune(weight_OI, statistics, Target(0.29), METHODS[name])
+
+    assert (~pruned.keep_OI).sum(dim=1).unique().tolist() == [14]  # 13.92
+
+
+@every_method
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_type_and_the_argument_are_left_alone(method, dtype):
+    weight_OI, statistics = a_layer()
+    weight_OI = weight_OI.to(dtype)
+    before_OI, gram_II = weight_OI.clone(), statistics.gram_II.clone()
+
+    pruned = prune(weight_OI, statistics, Target(0.5), method)
+
+    assert pruned.weight_OI.dtype == dtype
+    assert pruned.weight_OI.shape == weight_OI.shape
+    assert torch.equal(weight_OI, before_OI)
+    assert torch.equal(statistics.gram_II, gram_II)
+
+
+@every_method
+@pytest.mark.parametrize("pattern", [Pattern(), Pattern(2, 4)])
+def test_sparsity_0_changes_no_bit(method, pattern):
+    weight_OI, statistics = a_layer(dead=[3])
+
+    pruned = prune(weight_OI, statistics, Target(0.0, pattern), method)
+
+    assert torch.equal(pruned.weight_OI, weight_OI)
+    assert pruned.keep_OI.all()
+
+
+def test_dense_prunes_nothing_whatever_the_target():
+    weight_OI, _ = a_layer()
+
+    assert torch.equal(prune(weight_OI, None, Target(0.5), DenseSpec()).weight_OI, weight_OI)
+
+
+@every_method
+@every_target
+def test_the_same_input_gives_the_same_bits(method, target):
+    first, second = (prune(*a_layer(), target, method) for _ in range(2))
+
+    assert torch.equal(first.weight_OI, second.weight_OI)
+    assert torch.equal(first.keep_OI, second.keep_OI)
+
+
+@every_method
+def test_a_nan_is_an_error_that_names_the_layer(method):
+    weight_OI, statistics = a_layer()
+    weight_OI[1, 2] = float("nan")
+
+    with pytest.raises(NumericError, match=r"vision\.3\.fc1: 1 of 480 weights"):
+        prune(weight_OI, statistics, Target(0.5), method, where="vision.3.fc1")
+
+
+@every_method
+def test_a_nan_in_the_statistics_is_an_error(method):
+    weight_OI, statistics = a_layer()
+    statistics.gram_II[1, 2] = float("nan")
+
+    with pytest.raises(NumericError, match="1 of 2304 entries of the input gram"):
+        prune(weight_OI, statistics, Target(0.5), method)
+
+
+@every_method
+def test_groups_that_do_not_fill_the_inputs_are_refused(method):
+    with pytest.raises(ValueError, match="divisible by 5"):
+        prune(*a_layer(), Target(0.4, Pattern(3, 5)), method)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if "magnitude" not in name])
+@every_target
+def test_weights_on_a_dead_input_go_first(name, target):
+    weight_OI, statistics = a_layer(dead=[5, 40])
+
+    pruned = prune(weight_OI, statistics, target, METHODS[name])
+
+    assert not pruned.keep_OI[:, [5, 40]].any()
+    assert not pruned.weight_OI[:, [5, 40]].any()
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if "magnitude" not in name])
+def test_a_method_that_needs_statistics_says_so(name):
+    assert METHODS[name].needs_statistics
+    with pytest.raises(ValueError, match="needs calibration statistics"):
+        prune(a_layer()[0], None, Target(0.5), METHODS[name])
+
+
+@every_method
+def test_fewer_tokens_than_inputs_are_enough(method):
+    """The Gram has rank 12 of 48; damping mends it, and the result says how much it took."""
+    weight_OI, statistics = a_layer(num_tokens=12)
+
+    pruned = prune(weight_OI, statistics, Target(0.5), method)
+
+    assert pruned.weight_OI.isfinite().all()
+    assert (pruned.damping_used == 0.01) == method.updates_weights
+
+
+def test_the_options_come_from_yaml_by_name():
+    spec = TypeAdapter(MethodSpec).validate_python({"name": "sparsegpt", "damping": 0.1})
+
+    assert spec == SparseGPTSpec(damping=0.1)
+    with pytest.raises(ValidationError, match="percdamp"):
+        TypeAdapter(MethodSpec).validate_python({"name": "sparsegpt", "percdamp": 0.1})
+
+
+# Magnitude and Wanda
+
+
+def test_magnitude_ranks_the_whole_layer():
+    weight_OI = torch.tensor([[1.0, -2.0], [3.0, -4.0]])
+
+    assert prune(weight_OI, None, Target(0.5), MagnitudeSpec()).weight_OI.tolist() == [
+        [0.0, 0.0],
+        [3.0, -4.0],
+    ]
+
+
+def test_wanda_keeps_a_small_weight_on_a_loud_input():
+    """Magnitude keeps the 3 and the 4. Their inputs are quiet: the products are 3, 50, 8, 2."""
+    statistics = Statistics.empty(4)
+    statistics.update(torch.diag(torch.tensor([1.0, 50.0, 4.0, 0.5])), num_sequences=1)
+
+    pruned = prune(torch.tensor([[3.0, -1.0, 2.0, 4.0]]), statistics, Target(0.5), WandaSpec())
+
+    assert pruned.weight_OI.tolist() == [[0.0, -1.0, 2.0, 0.0]]
+
+
+@pytest.mark.parametrize("kept_of", REFERENCE_PATTERNS)
+def test_wanda_equals_its_slow_loop(kept_of):
+    weight_OI, statistics = a_layer()
+
+    pruned = prune(weight_OI, statistics, target_for(kept_of, 0.6), WandaSpec())
+
+    saliency_OI = wanda_saliency(weight_OI, statistics.input_norm_I)
+    assert torch.equal(~pruned.keep_OI, drop_loop(saliency_OI, 0.6, kept_of))
+
+
+# SparseGPT
+
+
+def test_flip_cholesky_gives_the_published_factor():
+    _, statistics = a_layer()
+    _, upper_II, _ = inverse_factor(statistics.gram_II, 4, damping=0.01)
+
+    factor_II, _ = factor_hessian(statistics, 0.01, normalised=False)
+
+    assert torch.allclose(factor_II @ upper_II, torch.eye(NUM_INPUTS), atol=1e-5)
+    assert not factor_II.tril(-1).any()
+
+
+@pytest.mark.parametrize("kept_of", REFERENCE_PATTERNS)
+@pytest.mark.parametrize("shape", [(24, 48), (5, 296), (40, 256)])
+@pytest.mark.parametrize("dead", [(), (7, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_reference_mode_equals_the_published_loop(kept_of, shape, dead, dtype):
+    """Including the weight too many that its `<=` drops from every panel."""
+    weight_OI, statistics = a_layer(*shape, num_tokens=2 * shape[1], dead=dead)
+    weight_OI = weight_OI.to(dtype)
+    gram_II = statistics.gram_II.to(dtype)
+    expected_OI, drop_OI, _ = sparsegpt_loop(weight_OI, gram_II, 4, 0.5, kept_of=kept_of)
+
+    pruned = prune(weight_OI, statistics, target_for(kept_of), SparseGPTSpec(mode="reference"))
+
+    assert torch.equal(~pruned.keep_OI, drop_OI)
+    tolerance = 2e-5 if dtype == torch.float32 else 1e-12
+    assert torch.allclose(pruned.weight_OI, expected_OI, atol=tolerance, rtol=0)
+
+
+@given(st.integers(2, 40), st.integers(1, 20), st.floats(0.05, 0.95), st.integers(0, 2**31))
+@settings(max_examples=50, deadline=None)
+def test_any_panel_and_any_number_of_inputs_equal_the_published_loop(inputs, block, sparsity, seed):
+    """Panels that do not divide by two, and last panels that are not full."""
+    weight_OI, statistics = a_layer(3, inputs, num_tokens=2 * inputs, seed=seed)
+    weight_OI, gram_II = weight_OI.double(), statistics.gram_II.double()
+    expected_OI, drop_OI, _ = sparsegpt_loop(weight_OI, gram_II, 4, sparsity, block_size=block)
+
+    options = SparseGPTSpec(mode="reference", block_size=block)
+    pruned = prune(weight_OI, statistics, Target(sparsity), options)
+
+    assert torch.equal(~pruned.keep_OI, drop_OI)
+    assert torch.allclose(pruned.weight_OI, expected_OI, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("kept_of", REFERENCE_PATTERNS)
+def test_the_errors_of_the_columns_sum_to_the_change_of_the_output(kept_of):
+    """The published loop's own sum, against the weights and the Hessian of ours."""
+    weight_OI, statistics = a_layer(24, 296, num_tokens=600)
+    hessian_II, _, _ = inverse_factor(statistics.gram_II, 4, damping=0.01)
+    _, _, loss = sparsegpt_loop(weight_OI, statistics.gram_II, 4, 0.5, kept_of=kept_of)
+
+    pruned = prune(weight_OI, statistics, target_for(kept_of), SparseGPTSpec(mode="reference"))
+
+    change = squared_output_change(pruned.weight_OI - weight_OI, hessian_II)
+    assert change == pytest.approx(loss, rel=1e-4)
+
+
+def test_normalised_damping_changes_nothing_where_all_inputs_are_equally_loud():
+    weight_OI, statistics = a_layer()
+    norm_I = statistics.input_norm_I
+    statistics.gram_II /= norm_I[:, None] * norm_I
+
+    by_rule = [
+        prune(weight_OI, statistics, Target(0.5), SparseGPTSpec(damping_rule=rule)).weight_OI
+        for rule in ("normalised", "reference")
+    ]
+
+    assert torch.allclose(*by_rule, atol=1e-6)
+
+
+def test_normalised_damping_does_not_drown_quiet_inputs():
+    """One input 1000 times as loud sets the mean energy, and 1% of it exceeds all the others'."""
+    weight_OI, statistics = a_layer(num_tokens=2000)
+    loudness_I = torch.ones(NUM_INPUTS)
+    loudness_I[9] = 1000
+    statistics.gram_II *= loudness_I[:, None] * loudness_I
+    change = {}
+    for rule in ("normalised", "reference"):
+        options = SparseGPTSpec(damping_rule=rule)
+        pruned_OI = prune(weight_OI, statistics, Target(0.5), options).weight_OI
+        change[rule] = squared_output_change(pruned_OI - weight_OI, statistics.gram_II)
+
+    assert change["normalised"] < 0.8 * change["reference"]
+
+
+def test_sparsegpt_changes_the_output_less_than_wanda_does():
+    weight_OI, statistics = a_layer(64, 256, num_tokens=1024)
+
+    sparsegpt, wanda = (
+        squared_output_change(
+            prune(weight_OI, statistics, Target(0.5), options).weight_OI - weight_OI,
+            statistics.gram_II,
+        )
+        for options in (SparseGPTSpec(), WandaSpec())
+    )
+
+    assert sparsegpt < 0.9 * wanda
+
+
+def test_a_hessian_that_needs_more_damping_says_how_much():
+    """Eigenvalues 1 ± 1.05: 0.01 leaves one negative, 0.1 does not."""
+    statistics = Statistics(torch.tensor([[1.0, 1.05], [1.05, 1.0]]), torch.zeros(2).double(), 2, 1)
+
+    pruned = prune(torch.tensor([[1.0, 2.0]]), statistics, Target(0.5), SparseGPTSpec())
+
+    assert pruned.damping_used == 0.1
+
+
+def test_a_hessian_beyond_damping_is_an_error():
+    statistics = Statistics(torch.tensor([[1.0, 3.0], [3.0, 1.0]]), torch.zeros(2).double(), 2, 1)
+
+    with pytest.raises(NumericError, match=r"proj: the damped Hessian \(2 x 2\).*0.01, 0.1, 1.0"):
+        prune(torch.ones(1, 2), statistics, Target(0.5), SparseGPTSpec(), where="proj")
+
+
+# Layers that share an input
+
+
+@every_method
+@pytest.mark.parametrize("pattern", [Pattern(), Pattern(2, 4)])
+def test_layers_pruned_together_equal_layers_pruned_alone(method, pattern):
+    """Thresholds are each layer's own: k is 100 times smaller and must not lose everything."""
+    query_OI, statistics = a_layer(16)
+    key_OI = a_layer(8, seed=1)[0] / 100
+    value_OI = a_layer(8, seed=2)[0]
+    weights = [query_OI, key_OI, value_OI]
+
+    together = prune_shared(weights, statistics, Target(0.5, pattern), method)
+
+    for weight_OI, shared in zip(weights, together, strict=True):
+        alone = prune(weight_OI, statistics, Target(0.5, pattern), method)
+        assert torch.equal(shared.keep_OI, alone.keep_OI)
+        assert torch.allclose(shared.weight_OI, alone.weight_OI, rtol=1e-5, atol=1e-6)
+
+
+@every_method
+def test_layers_that_share_an_input_may_have_targets_of_their_own(method):
+    weight_OI, statistics = a_layer()
+    targets = [Target(0.25), Target(0.0), Target(0.5, Pattern(2, 4)), Target(0.75)]
+
+    together = prune_shared([weight_OI] * 4, statistics, targets, method)
+
+    assert [int((~each.keep_OI).sum()) for each in together] == [120, 0, 240, 360]
