@@ -116,6 +116,8 @@ class RepairSpec(Spec):
     """Peak; cosine to zero after the warm-up."""
     warmup_fraction: Fraction = 0.05
     weight_decay: float = Field(default=0.0, ge=0)
+    max_gradient_norm: float = Field(default=1.0, ge=0)
+    """Longer gradients (over all trained weights) are scaled down to this length; 0: never."""
     distill: float = Field(default=0.1, ge=0, le=1)
     """Weight of the KL term to the dense model's answers; 1 - distill is the task loss's."""
     temperature: float = Field(default=1.0, gt=0)

@@ -168,6 +168,7 @@ class _Training:
             config={
                 "train_micro_batch_size_per_gpu": math.ceil(self.rank_batch / self.num_micro),
                 "gradient_accumulation_steps": self.num_micro,
+                "gradient_clipping": self.spec.max_gradient_norm,
                 "bf16": {"enabled": next(self.model.parameters()).dtype == torch.bfloat16},
                 "zero_optimization": {
                     "stage": self.spec.zero_stage,
@@ -175,6 +176,7 @@ class _Training:
                 },
             },
         )
+        optimizer.state.clear()  # ZeRO 0 in bfloat16 has counted a step of zero gradients
         if self.spec.zero_stage == 3:
             _announce_weights(deepspeed, self.model)
         return engine, optimizer
