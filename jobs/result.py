@@ -1,5 +1,6 @@
 """What a job leaves behind: its scores and the facts of how they came about."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -33,3 +34,8 @@ class JobResult:
     error_kind: str | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     """Columns beside the job's own settings, by name: see `orchestrator.leaderboard.SCHEMA`."""
+
+    @classmethod
+    def from_mapping(cls, value: Mapping[str, Any]) -> "JobResult":
+        """The inverse of `dataclasses.asdict`."""
+        return cls(**{**value, "scores": tuple(Score(**score) for score in value["scores"])})

@@ -5,6 +5,7 @@ matters in the storage. Ray is imported only when it is used.
 """
 
 import os
+import secrets
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,7 @@ from jobs.result import JobResult
 from jobs.spec import JobSpec
 from jobs.storage import Storage
 from orchestrator.settle import settle
-from workers.entry import TRAIN_FOLDER, result_from, train_worker
+from workers.keys import TRAIN_FOLDER
 
 TUNE_FOLDER = "ray/tune"
 TRIAL_CPUS = 0.01
@@ -89,8 +90,10 @@ class RayExecutor:
         for name, value in RAY_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         starts_one = self.address is None
-        if starts_one:
+        if starts_one:  # before Ray is imported: it reads them then
+            os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a process a run, for clouds
             os.environ["RAY_AUTH_MODE"] = "token"
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # of this cluster, on no disk
         import ray
 
         # A dead run's placement group is freed by a process that asks the dashboard about it.
@@ -112,7 +115,10 @@ class RayExecutor:
         class Report(tune.Callback):  # type: ignore[misc]
             def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
                 value = trial.last_result["result"]
-                on_settled(by_key[value["job_key"]], result_from(value))
+                on_settled(by_key[value["job_key"]], JobResult.from_mapping(value))
+
+            def __reduce__(self) -> Any:  # Tune pickles callbacks, for a resume that is not ours
+                return tune.Callback, ()
 
         name = f"{jobs[0].sweep}-{uuid.uuid4().hex[:8]}"
         results = tune.Tuner(
@@ -166,6 +172,8 @@ def _fit(job: JobSpec, storage: Storage, attempt: int) -> JobResult:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from workers.entry import train_worker
+
     need = job.resources
     name = f"{job.key}-{attempt}-{uuid.uuid4().hex[:8]}"
     resources: dict[str, float] = {"CPU": need.cpus_per_worker}
@@ -190,7 +198,7 @@ def _fit(job: JobSpec, storage: Storage, attempt: int) -> JobResult:
         ),
     )
     try:
-        result = result_from(trainer.fit().return_value)
+        result = JobResult.from_mapping(trainer.fit().return_value)
     except ray.train.TrainingFailedError as error:
         raise _cause(error) from error
     storage.remove_folder(f"{TRAIN_FOLDER}/{name}")

@@ -10,12 +10,9 @@ from typing import Any
 
 import ray.train
 
-from jobs.result import JobResult, Score
 from jobs.spec import JobSpec
 from jobs.storage import Storage
-
-TRAIN_FOLDER = "ray/train"
-"""In the storage: where Ray Train keeps checkpoints of running jobs."""
+from workers.keys import TRAIN_FOLDER
 
 
 def train_worker(config: dict[str, Any]) -> dict[str, Any]:
@@ -25,7 +22,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         config: `job`, a JobSpec as a mapping, and `storage`, a URL.
 
     Returns:
-        The JobResult as a mapping; Ray hands on rank 0's.
+        The JobResult as a mapping, see `JobResult.from_mapping`; Ray hands on rank 0's.
     """
     import torch
 
@@ -36,12 +33,6 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix=f"prunefleet-{job.key}-") as scratch:
         context = _train_context(Storage(config["storage"]), job.key, Path(scratch))
         return asdict(run_job(job, context))
-
-
-def result_from(value: dict[str, Any]) -> JobResult:
-    """Rebuild what `train_worker` returned."""
-    scores = tuple(Score(**score) for score in value["scores"])
-    return JobResult(**(value | {"scores": scores}))
 
 
 def _train_context(storage: Storage, job_key: str, scratch: Path) -> Any:

@@ -15,6 +15,9 @@ CODE_EPOCHS = {"statistics": 1, "prune": 1, "teacher": 1, "repair": 1, "evaluate
 
 STAGES = tuple(CODE_EPOCHS)
 
+TRAIN_FOLDER = "ray/train"
+"""In the storage: where Ray Train keeps the checkpoints of running jobs."""
+
 
 @dataclass(frozen=True)
 class StageKeys:

@@ -37,7 +37,6 @@ from workers.prune import (
     prune_sequentially,
     save_report,
 )
-from workers.repair import repair
 from workers.stages import Stage, run_stage
 from workers.teacher import TARGETS_FILE, dense_targets, load_targets, save_targets
 
@@ -119,6 +118,8 @@ class _Job:
             return calibration_batches(model, self.job.calibration, self.job.seed, self.ctx)
 
     def _repair(self, spec: RepairSpec, pruned: Stage) -> Stage:
+        from workers.repair import repair  # PEFT takes seconds to import, and few jobs need it
+
         key = _there(self.keys.repair)
         teacher = self._teacher(spec) if self.keys.teacher else None
 
@@ -197,8 +198,7 @@ class _Job:
 
         return self._run("evaluate", key, build)
 
-    def _run(self, name: str, key: str | None, build: Callable[[Path], dict[str, Any]]) -> Stage:
-        assert key is not None, f"this job has no stage {name}"
+    def _run(self, name: str, key: str, build: Callable[[Path], dict[str, Any]]) -> Stage:
         stage = run_stage(self.ctx, name, key, build)
         self.stages.append(stage)
         return stage

@@ -20,6 +20,7 @@ from workers.context import Context
 from workers.encode import IGNORED_LABEL, collate
 
 TOP_K = 64
+TARGETS_FILE = "targets.safetensors"
 
 Targets = dict[str, Tensor]
 """`start`: int64 (S + 1,), the rows of sample i are start[i] to start[i + 1]. `token`: int32
