@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from jobs.errors import ModelError
-from workers import lora
 from workers.lora import (
     SparseLoraLinear,
     add_sparse_lora,
@@ -16,14 +15,16 @@ from workers.lora import (
     pack_mask,
 )
 
-NUM_INPUTS, NUM_OUTPUTS = 19, 11  # no multiple of 8: the packed mask has padding bits
+NUM_INPUTS, NUM_OUTPUTS = 19, 11  # no multiple of 8: the packed mask has padding
 
 
-def layer_with_adapter(dtype: torch.dtype = torch.float64) -> tuple[SparseLoraLinear, Tensor]:
+def layer_with_adapter(
+    dtype: torch.dtype = torch.float64, num_outputs: int = NUM_OUTPUTS
+) -> tuple[SparseLoraLinear, Tensor]:
     """A layer whose B is not zero any more, as after some training, and its mask."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(NUM_INPUTS, NUM_OUTPUTS)).to(dtype)
-    mask_OI = torch.rand(NUM_OUTPUTS, NUM_INPUTS) < 0.5
+    model = nn.Sequential(nn.Linear(NUM_INPUTS, num_outputs)).to(dtype)
+    mask_OI = torch.rand(num_outputs, NUM_INPUTS) < 0.5
     add_sparse_lora(model, {"0": mask_OI}, rank=3, alpha=6.0, seed=0)
     layer = model[0]
     assert isinstance(layer, SparseLoraLinear)
@@ -37,14 +38,13 @@ def by_autograd(layer: SparseLoraLinear, mask_OI: Tensor, x: Tensor) -> Tensor:
     return x @ ((layer.base_layer.weight + 2.0 * low_rank_OI) * mask_OI).T + layer.base_layer.bias
 
 
-@pytest.mark.parametrize("chunk_elements", [2**22, 3 * NUM_INPUTS])
-def test_gradients_equal_autograd(chunk_elements: int, monkeypatch: pytest.MonkeyPatch):
-    """Also when the weight gradient comes in chunks of 3 rows, the last one of 2."""
-    monkeypatch.setattr(lora, "_CHUNK_ELEMENTS", chunk_elements)
-    layer, mask_OI = layer_with_adapter()
+@pytest.mark.parametrize("num_outputs", [5, 11, 16])
+def test_gradients_equal_autograd(num_outputs: int):
+    """The weight gradient comes in eighths: five of 1 row; five of 2 and one of 1; eight of 2."""
+    layer, mask_OI = layer_with_adapter(num_outputs=num_outputs)
     x = torch.randn(2, 5, NUM_INPUTS, dtype=torch.float64, requires_grad=True)
     wanted = [x, layer.lora_A["default"].weight, layer.lora_B["default"].weight]
-    upstream = torch.randn(2, 5, NUM_OUTPUTS, dtype=torch.float64)
+    upstream = torch.randn(2, 5, num_outputs, dtype=torch.float64)
 
     output, expected = layer(x), by_autograd(layer, mask_OI, x)
     gradients = torch.autograd.grad(output, wanted, upstream)
@@ -170,14 +170,22 @@ def test_the_same_seed_gives_the_same_adapter_and_leaves_the_global_one_alone():
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_packing_a_mask_loses_nothing():
-    mask_OI = torch.rand(5, 19) < 0.5
+@pytest.mark.parametrize("num_outputs", [1, 5, 8, 19])
+def test_packing_a_mask_loses_nothing(num_outputs: int):
+    mask_OI = torch.rand(num_outputs, 7) < 0.5
 
-    packed_OP = pack_mask(mask_OI)
+    packed_QI = pack_mask(mask_OI)
 
-    assert packed_OP.shape == (5, 3)
-    assert torch.equal(dropped_weights(packed_OP, 19), ~mask_OI)
-    assert pack_mask(torch.tensor([[True, False, True] + [False] * 6])).tolist() == [[5, 0]]
+    assert packed_QI.shape == ((num_outputs + 7) // 8, 7)
+    unpacked = torch.ones_like(mask_OI)
+    for rows, dropped in dropped_weights(packed_QI, num_outputs):
+        unpacked[rows] = ~dropped
+    assert torch.equal(unpacked, mask_OI)
+
+
+def test_a_packed_mask_holds_one_bit_per_weight():
+    """Rows 0 and 2 of three: bits 0 and 2."""
+    assert pack_mask(torch.tensor([[True], [False], [True]])).tolist() == [[0b101]]
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,13 @@ Merging is exact: W becomes W_eff and every zero of the mask stays a zero. Autog
 would store W_eff and BA for every layer, a second model; `_MaskedLinear` stores neither.
 
 Shape letters: N tokens (all leading dimensions), O output features, I input features, R rank,
-P bytes of one packed mask row (I / 8, rounded up).
+Q rows of a packed mask (O / 8, rounded up).
 
 Source: RESSA, arXiv:2404.02424, section 3.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,8 +24,6 @@ from torch.autograd.function import once_differentiable
 from jobs.errors import ModelError
 
 ADAPTER = "default"
-_CHUNK_ELEMENTS = 2**22
-"""Weights per row chunk of the weight gradient: 16 MiB in fp32. Fixed, so that sums repeat."""
 
 
 def add_sparse_lora(
@@ -94,12 +92,12 @@ class SparseLoraLinear(LoraLinear):  # type: ignore[misc]
     """PEFT's LoRA layer, computing under a mask. One adapter, no dropout, no variants."""
 
     packed_mask: Tensor
-    """uint8, (O, P)."""
+    """uint8, (Q, I): see `pack_mask`."""
 
     def set_mask(self, mask_OI: Tensor) -> None:
         """One bit per weight; the pruned model's file, not the adapter's, says what is zero."""
-        packed_OP = pack_mask(mask_OI.to(self.base_layer.weight.device))
-        self.register_buffer("packed_mask", packed_OP, persistent=False)
+        packed_QI = pack_mask(mask_OI.to(self.base_layer.weight.device))
+        self.register_buffer("packed_mask", packed_QI, persistent=False)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters or self.merged:
@@ -122,21 +120,24 @@ class SparseLoraLinear(LoraLinear):  # type: ignore[misc]
 
 
 def pack_mask(mask_OI: Tensor) -> Tensor:
-    """Bool (O, I) to uint8 (O, P), input 0 in the lowest bit of byte 0."""
-    padded = nn.functional.pad(mask_OI, (0, -mask_OI.shape[1] % 8))
-    bits_OP8 = padded.reshape(len(mask_OI), -1, 8)
-    return (bits_OP8 * _bit_values(mask_OI.device)).sum(2, dtype=torch.uint8)
+    """Bool (O, I) to uint8 (Q, I): bit b holds the rows from b Q on.
+
+    Bits side by side in a row would be the obvious layout, and ten times as slow to unpack: eight
+    is too short a run for vector instructions.
+    """
+    padded_OI = nn.functional.pad(mask_OI, (0, 0, 0, -len(mask_OI) % 8)).to(torch.uint8)
+    packed_QI = torch.zeros_like(padded_OI[: len(padded_OI) // 8])
+    for bit, rows_QI in enumerate(padded_OI.chunk(8)):
+        packed_QI |= rows_QI << bit
+    return packed_QI
 
 
-def dropped_weights(packed_OP: Tensor, num_inputs: int) -> Tensor:
-    """The complement of the packed mask: bool (O, I), True is zero."""
-    bits = packed_OP.unsqueeze(2) & _bit_values(packed_OP.device)
-    dropped_OI: Tensor = (bits == 0).flatten(1)[:, :num_inputs]
-    return dropped_OI
-
-
-def _bit_values(device: torch.device) -> Tensor:
-    return 2 ** torch.arange(8, dtype=torch.uint8, device=device)
+def dropped_weights(packed_QI: Tensor, num_outputs: int) -> Iterator[tuple[slice, Tensor]]:
+    """Up to eight stretches of at most Q rows, and what is zero there: bool, True is zero."""
+    num_rows = len(packed_QI)
+    for bit, start in enumerate(range(0, num_outputs, num_rows)):
+        rows = slice(start, min(start + num_rows, num_outputs))
+        yield rows, packed_QI[: rows.stop - start] & (1 << bit) == 0
 
 
 def effective_weight(layer: SparseLoraLinear, A_RI: Tensor, B_OR: Tensor) -> Tensor:
@@ -144,8 +145,9 @@ def effective_weight(layer: SparseLoraLinear, A_RI: Tensor, B_OR: Tensor) -> Ten
     weight_OI = layer.base_layer.weight
     scale = layer.scaling[ADAPTER]
     dense_OI = torch.addmm(weight_OI, B_OR.to(weight_OI), A_RI.to(weight_OI), alpha=scale)
-    # not a product with M: that would keep a NaN, and leave -0.0
-    return dense_OI.masked_fill_(dropped_weights(layer.packed_mask, weight_OI.shape[1]), 0)
+    for rows, dropped in dropped_weights(layer.packed_mask, len(weight_OI)):
+        dense_OI[rows].masked_fill_(dropped, 0)  # a product would keep NaN, and leave -0.0
+    return dense_OI
 
 
 class _MaskedLinear(torch.autograd.Function):
@@ -176,18 +178,14 @@ class _MaskedLinear(torch.autograd.Function):
 def _adapter_gradients(
     x_NI: Tensor, grad_NO: Tensor, A_RI: Tensor, B_OR: Tensor, layer: SparseLoraLinear
 ) -> tuple[Tensor, Tensor]:
-    """dA and dB through G = (dYᵀ X) ⊙ M, which exists a few rows at a time."""
-    num_outputs, num_inputs = grad_NO.shape[1], x_NI.shape[1]
+    """dA and dB through G = (dYᵀ X) ⊙ M, which exists an eighth at a time."""
     scale = layer.scaling[ADAPTER]
     A, B = A_RI.to(x_NI), B_OR.to(x_NI)
     sums = torch.float32 if x_NI.dtype in (torch.bfloat16, torch.float16) else x_NI.dtype
     grad_A = torch.zeros_like(A, dtype=sums)
     grad_B = torch.empty_like(B)
-    num_rows = max(1, _CHUNK_ELEMENTS // num_inputs)
-    for start in range(0, num_outputs, num_rows):
-        rows = slice(start, start + num_rows)
-        G = grad_NO[:, rows].T @ x_NI
-        G.masked_fill_(dropped_weights(layer.packed_mask[rows], num_inputs), 0)
+    for rows, dropped in dropped_weights(layer.packed_mask, len(B)):
+        G = (grad_NO[:, rows].T @ x_NI).masked_fill_(dropped, 0)
         torch.mm(G, A.T, out=grad_B[rows])
         grad_A += B[rows].T @ G
     return (scale * grad_A).to(A_RI), (scale * grad_B).to(B_OR)
