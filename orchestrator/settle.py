@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jobs.errors import PrunefleetError
+from jobs.errors import NumericError, PrunefleetError
 from jobs.result import JobResult
 from jobs.spec import JobSpec
 from jobs.storage import Storage
@@ -51,7 +51,17 @@ def settle(job: JobSpec, storage: Storage, run: Callable[[int], JobResult]) -> J
     computing = result.facts.pop("seconds_computing", 0.0)
     result.facts.update(seconds_total=total, seconds_orchestration=total - computing)
     result.facts.update(attempt=attempt)
-    leaderboard.publish(storage, job_columns(job) | provenance(), result)
+    return _published(job, storage, result)
+
+
+def _published(job: JobSpec, storage: Storage, result: JobResult) -> JobResult:
+    """Publish a result; one that may not stand on the leaderboard (a NaN) becomes a failure."""
+    columns = job_columns(job) | provenance()
+    try:
+        leaderboard.publish(storage, columns, result)
+    except (NumericError, ValueError) as error:
+        result = _failed(job, "numeric", f"the result cannot be published: {error}")
+        leaderboard.publish(storage, columns, result)
     return result
 
 

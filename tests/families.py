@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     CLIPVisionConfig,
     Dinov2Config,
     LlamaConfig,
@@ -19,10 +21,6 @@ from transformers import (
     PreTrainedConfig,
     Qwen2Config,
     SiglipVisionConfig,
-)
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
 )
 
 from jobs.spec import ModelSpec
