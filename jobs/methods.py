@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 class MethodOptions(BaseModel):
     """What every method has: its name, what it needs, and the polish after it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     saliency_needs_statistics: ClassVar[bool] = True
     solves_for_weights: ClassVar[bool] = False
 

@@ -21,9 +21,9 @@ SHIPPED_DATASETS = ("easy-vqa", "python-docs")
 
 
 class Spec(BaseModel):
-    """Frozen, and an unknown key is an error."""
+    """Frozen; an unknown key is an error, and so is a NaN or an infinity."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 def _shorthand(field: str) -> BeforeValidator:

@@ -6,6 +6,7 @@ every mistake: the line, the place in the file, the value, what would be right.
 """
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -20,6 +21,7 @@ from pydantic import (
     Tag,
     ValidationError,
     field_validator,
+    model_validator,
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
@@ -89,17 +91,21 @@ class GridSpec(Spec):
     """A product of settings. Each takes one value or a list."""
 
     method: Annotated[
-        list[Annotated[MethodSpec, BeforeValidator(_named)]], BeforeValidator(_as_list)
+        list[Annotated[MethodSpec, BeforeValidator(_named)]],
+        BeforeValidator(_as_list),
+        Field(min_length=1),
     ]
     """`magnitude`, or with options `{name: sparsegpt, damping: 0.05}`. `dense` prunes nothing."""
     pattern: Annotated[
-        list[Annotated[str, AfterValidator(_pattern)]], BeforeValidator(_as_list)
+        list[Annotated[str, AfterValidator(_pattern)]],
+        BeforeValidator(_as_list),
+        Field(min_length=1),
     ] = ["unstructured"]
     """`unstructured`, or N:M: N weights kept of every M. A pattern N:M fixes the sparsity."""
     sparsity: Annotated[list[Sparsity], BeforeValidator(_as_list)] = []
     """Fraction of zeros in each pruned tower. Not multiplied with a pattern N:M, nor with `towers`
     that name a sparsity each."""
-    towers: Annotated[list[Towers], BeforeValidator(_as_list)] = ["all"]
+    towers: Annotated[list[Towers], BeforeValidator(_as_list), Field(min_length=1)] = ["all"]
     """`all`, `vision`, `language`, or a sparsity each: `{vision: 0.4, language: 0.6}`."""
 
 
@@ -111,6 +117,12 @@ class ExcludeSpec(Spec):
     sparsity: Sparsity | None = None
     towers: Towers | None = None
     repair: Literal["none", "sparse_lora"] | None = None
+
+    @model_validator(mode="after")
+    def _names_something(self) -> "ExcludeSpec":
+        if not self.model_fields_set:
+            raise PydanticCustomError("exclude", "it names nothing and would leave out everything")
+        return self
 
 
 class SweepSpec(Spec):
@@ -128,7 +140,7 @@ class SweepSpec(Spec):
     ] = [CalibrationSpec()]
     grid: Annotated[list[GridSpec], BeforeValidator(_as_list), Field(min_length=1)]
     """One grid, or a list of grids that are added up."""
-    exclude: list[ExcludeSpec] = []
+    exclude: Annotated[list[ExcludeSpec], BeforeValidator(_as_list)] = []
     repair: Annotated[
         list[Annotated[RepairSpec | None, BeforeValidator(_repair)]],
         BeforeValidator(_as_list),
@@ -140,7 +152,7 @@ class SweepSpec(Spec):
         Field(min_length=1),
     ]
     seed: Annotated[
-        list[Annotated[int, Field(ge=0)]], BeforeValidator(_as_list), Field(min_length=1)
+        list[Annotated[int, Field(ge=0, lt=2**63)]], BeforeValidator(_as_list), Field(min_length=1)
     ] = [0]
     resources: Resources = Resources()
 
@@ -148,8 +160,13 @@ class SweepSpec(Spec):
     @classmethod
     def _benchmarks_differ(cls, value: list[BenchmarkSpec]) -> list[BenchmarkSpec]:
         labels = [benchmark.label for benchmark in value]
-        if len(set(labels)) < len(labels):
-            raise PydanticCustomError("benchmarks", "two benchmarks have the same name")
+        for label in labels:
+            if labels.count(label) > 1:
+                raise PydanticCustomError(
+                    "benchmarks",
+                    "two benchmarks are called {label}; a benchmark has its file's name",
+                    {"label": label},
+                )
         return value
 
 
@@ -179,7 +196,10 @@ def parse_sweep(text: str, source: str, *, base: Path) -> SweepSpec:
         sweep = SweepSpec.model_validate(value)
     except ValidationError as error:
         raise SweepError("\n".join(_tell_mistakes(error.errors(), node, source))) from None
-    return _anchored(sweep, base)
+    try:
+        return _anchored(sweep, base)
+    except (OSError, ValueError, RuntimeError) as error:  # a name too long, a NUL, ~nobody
+        raise SweepError(f"{source}: a path that cannot be: {error}") from error
 
 
 def _anchored(sweep: SweepSpec, base: Path) -> SweepSpec:
@@ -203,7 +223,14 @@ def _anchored(sweep: SweepSpec, base: Path) -> SweepSpec:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe, and a key that stands twice is an error rather than the last one winning."""
+    """Safe, and an unquoted 2:4 is text: to YAML 1.1 it is 124, a time in base 60."""
+
+
+_BASE_60 = ("tag:yaml.org,2002:str", re.compile(r"[-+]?[0-9]+(:[0-9]+)+$"))
+_Loader.yaml_implicit_resolvers = {
+    first: [_BASE_60, *resolvers] if first in "-+0123456789" else resolvers
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 def _parse_yaml(text: str, source: str) -> tuple[yaml.Node, Any]:
@@ -298,7 +325,7 @@ def _explain(error: ErrorDetails) -> str:
 
 def _suggest(word: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(word.lower(), known, n=1)
-    hint = f". Did you mean {near[0]!r}?" if near else "."
+    hint = f". Did you mean {near[0]!r}?" if near and near[0] != word else "."
     return f"{hint} Known: {', '.join(sorted(known))}" if known else hint
 
 
