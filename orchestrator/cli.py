@@ -228,3 +228,7 @@ def _costs(rows: list[dict[str, Any]]) -> str:
 def _print_rows(storage: Storage, keys: set[str]) -> None:
     rows = board.load(storage)
     print_leaderboard(rows[rows["job_key"].isin(keys)], console)
+
+
+if __name__ == "__main__":
+    main()
