@@ -48,8 +48,9 @@ from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPi
 from jobs.errors import ModelError
 
 PROJECTOR = Path(__file__).with_name("smol_llava_projector.safetensors")
-IMAGE_PX = 70  # 5 x 5 patches of 14 pixels: 25 image tokens
+IMAGE_PX = 70
 PATCH_PX = 14
+NUM_PATCHES = (IMAGE_PX // PATCH_PX) ** 2  # 5 x 5, each an image token
 IMAGE_TOKEN_ID = 16  # SmolLM2 calls it <empty_output>; its chat data has no use for it
 PAD_ID, BOS_ID, EOS_ID = 0, 1, 2  # <|endoftext|>, <|im_start|>, <|im_end|>
 
@@ -242,7 +243,7 @@ def join(vision: Dinov2Model, language: LlamaForCausalLM) -> LlavaForConditional
         vision_config=vision.config,
         text_config=language.config,
         image_token_index=IMAGE_TOKEN_ID,
-        image_seq_length=(IMAGE_PX // PATCH_PX) ** 2,
+        image_seq_length=NUM_PATCHES,
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         tie_word_embeddings=True,
@@ -272,7 +273,9 @@ def whole(folder: Path) -> Iterator[Path]:
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         yield partial
-        partial.chmod(0o755)
+        partial.chmod(0o755)  # mkdtemp and safetensors write for their owner alone
+        for path in partial.iterdir():
+            path.chmod(0o644)
         os.replace(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -26,12 +26,12 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from workers.zoo.smol_llava import IMAGE_TOKEN_ID, PAD_ID
+from workers.zoo.smol_llava import IMAGE_TOKEN_ID, NUM_PATCHES, PAD_ID
 
 YES_NO = ("yes", "no")
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
@@ -131,7 +131,7 @@ class Packed:
 
 
 def pack(rows: list[list[Asked]], processor: Any) -> Packed:
-    tokenizer, num_patches = processor.tokenizer, 25
+    tokenizer = processor.tokenizer
     columns: list[list[list[int]]] = [[], [], [], []]
     for asked in rows:
         ids: list[int] = []
@@ -141,7 +141,7 @@ def pack(rows: list[list[Asked]], processor: Any) -> Packed:
         for number, one in enumerate(asked, start=1):
             head, tail = prompt(processor, one.question).split("<image>")
             if not ids:
-                ids = tokenizer(head)["input_ids"] + [IMAGE_TOKEN_ID] * num_patches
+                ids = tokenizer(head)["input_ids"] + [IMAGE_TOKEN_ID] * NUM_PATCHES
                 num_shared = len(ids)
                 positions, blocks = list(range(num_shared)), [0] * num_shared
                 labels = [-100] * num_shared
@@ -233,13 +233,9 @@ def train(args: argparse.Namespace) -> None:
     held_out = [r for row in by_image[num_train:] if (r := choose(row, random.Random(0), 2, 2))]
 
     projector = model.model.multi_modal_projector.requires_grad_(True)
-    if args.start:
-        projector.load_state_dict({n: t.float() for n, t in load_file(args.start).items()})
-        unfold_standardization(projector.linear_1, mean_V, std_V)
-    else:
-        target_ND = answer_embeddings(asked, model, processor.tokenizer, len(images))[:num_train]
-        left = warm_start(projector, features_NPV, target_ND, steps=600)
-        print(f"warm start: {left:.1%} of the variance left", flush=True)
+    target_ND = answer_embeddings(asked, model, processor.tokenizer, len(images))[:num_train]
+    left = warm_start(projector, features_NPV, target_ND, steps=600)
+    print(f"warm start: {left:.1%} of the variance left", flush=True)
     model.model.language_model.bfloat16()
     model.lm_head.bfloat16()
 
@@ -285,12 +281,6 @@ def save_projector(projector: Any, mean_V: Tensor, std_V: Tensor, path: Path) ->
     os.replace(partial, path)
 
 
-@torch.no_grad()
-def unfold_standardization(linear: nn.Linear, mean_V: Tensor, std_V: Tensor) -> None:
-    linear.bias.add_(linear.weight @ mean_V)
-    linear.weight.mul_(std_V)
-
-
 # ----------------------------------------------------------------------------------- scoring
 
 
@@ -309,7 +299,7 @@ def generated(
             text=[prompts[i] for i in batch],
             padding=True,
             return_tensors="pt",
-        )
+        ).to(model.dtype)
         ids = model.generate(**inputs, max_new_tokens=8, do_sample=False)
         texts = processor.batch_decode(
             ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
@@ -320,12 +310,17 @@ def generated(
 
 
 def score(args: argparse.Namespace) -> None:
-    model = AutoModelForImageTextToText.from_pretrained(args.folder).eval()
+    model = AutoModelForImageTextToText.from_pretrained(args.folder, dtype=args.dtype).eval()
     processor = AutoProcessor.from_pretrained(args.folder)
     asked, images = easy_vqa("test")
-    open_ones = [one for one in asked if one.kind != "yes/no"][: args.limit]
-    yes_no = random.Random(0).sample([one for one in asked if one.kind == "yes/no"], args.yes_no)
-    runs = [("right image", open_ones, 0), ("yes/no", yes_no, 0), ("wrong image", open_ones, 500)]
+    open_ones = [one for one in asked if one.kind != "yes/no"]
+    others = [one for one in asked if one.kind == "yes/no"]
+    some = random.Random(0).sample
+    runs = [
+        ("right image", some(open_ones, min(args.open, len(open_ones))), 0),
+        ("wrong image", some(open_ones, min(args.wrong_image, len(open_ones))), len(images) // 2),
+        ("yes/no", some(others, min(args.yes_no, len(others))), 0),
+    ]
     for name, questions, shift in runs:
         started = time.monotonic()
         said = generated(model, processor, questions, images, shift=shift)
@@ -349,7 +344,6 @@ def main() -> None:
     training = commands.add_parser("train")
     training.add_argument("folder", type=Path)
     training.add_argument("out", type=Path)
-    training.add_argument("--start", type=Path, help="a projector to go on from")
     training.add_argument("--steps", type=int, default=400)
     training.add_argument("--images", type=int, default=6, help="per step")
     training.add_argument("--open", type=int, default=3, help="open questions per image")
@@ -360,8 +354,10 @@ def main() -> None:
     training.set_defaults(run=train)
     scoring = commands.add_parser("score")
     scoring.add_argument("folder", type=Path)
-    scoring.add_argument("--limit", type=int, help="score only so many open questions")
-    scoring.add_argument("--yes-no", type=int, default=1000, help="yes/no questions, drawn")
+    scoring.add_argument("--open", type=int, default=10_000, help="questions; all there are")
+    scoring.add_argument("--wrong-image", type=int, default=1000, help="open questions, drawn")
+    scoring.add_argument("--yes-no", type=int, default=500, help="questions, drawn")
+    scoring.add_argument("--dtype", default="auto", help="bfloat16 is several times as fast")
     scoring.set_defaults(run=score)
     args = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
