@@ -321,10 +321,11 @@ def test_there_are_shipped_sweeps() -> None:
     assert "quickstart" in [path.stem for path in SHIPPED]
 
 
-WORDS = st.sampled_from(
+KEYS_AND_VALUES = (
     "name model grid evaluate repair calibration exclude seed method pattern sparsity towers "
-    "dataset format path wanda none easy-vqa llava 2:4 vision ~nobody rank".split()
+    "dataset format path wanda none easy-vqa llava 2:4 vision ~nobody rank"
 )
+WORDS = st.sampled_from(KEYS_AND_VALUES.split())
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | WORDS | st.text(max_size=8)
 VALUES = st.recursive(
     SCALARS | st.dates() | st.binary(max_size=3),

@@ -10,13 +10,14 @@ Sources: easy-VQA (Victor Zhou, MIT) comes from the PyPI package `easy-vqa`; the
 import hashlib
 import importlib.util
 import json
+import os
 import pydoc_data.topics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from jobs.errors import DataError
 from jobs.spec import DatasetSpec
@@ -25,6 +26,10 @@ Split = Literal["train", "test"]
 
 TEXT_TRAIN_FRACTION = 0.9
 """The rest of a text is its test split, so that perplexity is not measured on calibration text."""
+
+
+_BROKEN_IMAGE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+"""What Pillow raises. A file that is no image is an OSError, a broken chunk a SyntaxError."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class Sample:
                 return image.convert("RGB")
         except FileNotFoundError:
             raise DataError(f"image {self.image} does not exist") from None
-        except (UnidentifiedImageError, OSError) as error:
+        except _BROKEN_IMAGE as error:
             raise DataError(f"image {self.image} cannot be read: {error}") from error
 
 
@@ -181,7 +186,7 @@ def _image_of(record: Mapping[str, Any], images: Path, where: str) -> Path | Non
     if name is None:
         return None
     path = images / str(name)
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file raises for a name too long
         raise DataError(f"{where}: image {path} does not exist")
     return path
 
@@ -204,8 +209,8 @@ def _llava_sample(record: Mapping[str, Any], images: Path, where: str) -> Sample
         try:
             if (human["from"], gpt["from"]) != ("human", "gpt"):
                 raise DataError(f"{where}: 'conversations' must alternate human and gpt")
-            question, answer = human["value"], gpt["value"]
-        except (KeyError, TypeError) as error:
-            raise DataError(f"{where}: a turn needs 'from' and 'value'") from error
-        turns.append((question.replace("<image>", "").strip(), answer.strip()))
+            question, answer = human["value"].replace("<image>", ""), gpt["value"]
+            turns.append((question.strip(), answer.strip()))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{where}: a turn needs 'from' and 'value', both text") from error
     return Sample(image=_image_of(record, images, where), turns=tuple(turns))
