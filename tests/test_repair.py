@@ -30,11 +30,12 @@ from workers.repair import RepairReport, batch_indices, repair, schedule
 from workers.teacher import Targets, dense_targets
 
 STAGES = (0, 1, 2, 3)
+PAIR_RESUMES = (2, 3)
 VOCABULARY, IMAGE_TOKEN = 50, 49
 SPEC = RepairSpec(
     rank=4,
     num_steps=6,
-    batch_size=5,  # two workers get 3 and 2, and with micro batches of 2 one of them runs dry
+    batch_size=5,  # two workers get 3 and 2: in every step's last micro batch one runs dry
     learning_rate=1e-2,
     distill=0.5,
     temperature=2.0,
@@ -46,13 +47,13 @@ Masks = dict[str, Tensor]
 
 
 def tiny_llava() -> nn.Module:
-    """One block a tower; an image is 4 tokens."""
+    """Two vision blocks, of which LLaVA reads the last but one, and one language block."""
     torch.manual_seed(0)
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
             hidden_size=16,
             intermediate_size=24,
-            num_hidden_layers=2,  # LLaVA reads the last but one
+            num_hidden_layers=2,
             num_attention_heads=2,
             image_size=8,
             patch_size=4,
@@ -80,7 +81,7 @@ def pruned(model: nn.Module) -> tuple[nn.Module, Masks]:
     generator = torch.Generator().manual_seed(1)
     masks: Masks = {}
     for name, layer in model.named_modules():
-        if isinstance(layer, nn.Linear) and ".layers." in name and "layers.1" not in name:
+        if isinstance(layer, nn.Linear) and ".layers." in name:
             masks[name] = torch.rand(layer.weight.shape, generator=generator) < 0.5
             layer.weight *= masks[name]
     return model, masks
@@ -88,7 +89,7 @@ def pruned(model: nn.Module) -> tuple[nn.Module, Masks]:
 
 @cache
 def samples() -> list[dict[str, Tensor]]:
-    """Seven, with an image and 2 to 4 answer tokens each."""
+    """Seven with 2 to 4 answer tokens each, five of them with an image."""
     generator = torch.Generator().manual_seed(2)
     made = []
     for index in range(7):
@@ -96,15 +97,12 @@ def samples() -> list[dict[str, Tensor]]:
         ids[1:5] = IMAGE_TOKEN
         labels = ids.clone()
         labels[:8] = -100
-        picture = torch.randn(3, 8, 8, generator=generator)
-        made.append(
-            {
-                "input_ids": ids,
-                "attention_mask": torch.ones_like(ids),
-                "labels": labels,
-                "pixel_values": picture,
-            }
-        )
+        single = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        if index % 3 == 2:
+            ids[1:5] = 0
+        else:
+            single["pixel_values"] = torch.randn(3, 8, 8, generator=generator)
+        made.append(single)
     return made
 
 
@@ -139,7 +137,7 @@ def train(ctx: Context, spec: RepairSpec, targets: Targets | None, key: str) -> 
         pad_id=0,
         projector=PROJECTOR,
         targets=targets,
-        micro_batch=2,
+        micro_batch=2 if ctx.world == 1 else 1,
     )
     return Outcome(dict(model.state_dict()), report, model, masks)
 
@@ -162,13 +160,17 @@ def _small_world() -> None:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Outcome]:
     """By ZeRO stage: one worker, undisturbed."""
-    ctx = Worker(tmp_path_factory.mktemp("alone"))
+    folder = tmp_path_factory.mktemp("alone")
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder / "compiled")
+    ctx = Worker(folder)
     targets = teach(ctx)
-    return {stage: train(ctx, with_stage(stage), targets, f"zero-{stage}") for stage in STAGES}
+    outcomes = {s: train(ctx, with_stage(s), targets, f"zero-{s}") for s in STAGES}
+    assert not (folder / "compiled").exists()
+    return outcomes
 
 
 def train_as_pair(rank: int, folder: Path, port: int) -> None:
-    """What each of two workers does: every ZeRO stage, then once more from the checkpoint."""
+    """What each of two workers does: every ZeRO stage, some once more from the checkpoint."""
     os.environ["PATH"] = ""  # nothing to compile with
     os.environ["LOCAL_RANK"] = str(rank)
     torch.set_num_threads(1)
@@ -180,13 +182,11 @@ def train_as_pair(rank: int, folder: Path, port: int) -> None:
     results = {}
     for stage in STAGES:
         outcome = train(ctx, with_stage(stage), targets, f"zero-{stage}")
-        again = train(ctx, with_stage(stage), targets, f"zero-{stage}")
-        results[stage] = {
-            "weights": outcome.weights,
-            "losses": outcome.report.task_losses,
-            "resumed_at": again.report.resumed_at,
-            "weights_again": again.weights,
-        }
+        results[stage] = {"weights": outcome.weights, "losses": outcome.report.task_losses}
+        if stage in PAIR_RESUMES:
+            again = train(ctx, with_stage(stage), targets, f"zero-{stage}")
+            results[stage]["resumed_at"] = again.report.resumed_at
+            results[stage]["weights_again"] = again.weights
     if rank == 0:
         torch.save(results, folder / "results.pt")
     distributed.destroy_process_group()
@@ -245,7 +245,8 @@ def test_both_losses_fall_and_only_what_should_has_changed(alone: dict[int, Outc
         for name, value in before.state_dict().items()
         if not torch.equal(value, outcome.weights[name])
     }
-    assert changed == set(masks) | {f"{PROJECTOR}.linear_1", f"{PROJECTOR}.linear_2"}
+    trained = {name for name in masks if "vision_tower.encoder.layers.1" not in name}  # unread
+    assert changed == trained | {f"{PROJECTOR}.linear_1", f"{PROJECTOR}.linear_2"}
 
 
 @pytest.mark.parametrize("zero_stage", STAGES)
@@ -264,7 +265,7 @@ def test_two_workers_train_what_one_trains(
     )
 
 
-@pytest.mark.parametrize("zero_stage", STAGES)
+@pytest.mark.parametrize("zero_stage", PAIR_RESUMES)
 def test_two_workers_go_on_from_their_checkpoint_bit_by_bit(pair: dict[int, dict], zero_stage: int):
     assert pair[zero_stage]["resumed_at"] == 4
     assert_same_weights(pair[zero_stage]["weights_again"], pair[zero_stage]["weights"])
@@ -292,6 +293,20 @@ def test_a_killed_repair_ends_with_the_weights_of_an_undisturbed_one(
     assert_same_weights(resumed.weights, alone[zero_stage].weights)
 
 
+def test_bfloat16_trains_the_same_in_every_stage(tmp_path: Path):
+    """AdamW on fp32 masters. Left alone, ZeRO 0 begins at step 1: half the first update."""
+    spec = SPEC.model_copy(update={"distill": 0.0, "num_steps": 2})
+    weights = []
+    for stage in (0, 2):
+        model, masks = pruned(tiny_llava().to(torch.bfloat16))
+        settings = spec.model_copy(update={"zero_stage": stage})
+        repair(model, masks, samples(), settings, Worker(tmp_path), stage="k", seed=0, pad_id=0)
+        weights.append(dict(model.state_dict()))
+
+    assert weights[0]["lm_head.weight"].dtype == torch.bfloat16
+    assert_same_weights(weights[0], weights[1])
+
+
 def test_a_damaged_checkpoint_costs_one_interval_not_the_job(
     alone: dict[int, Outcome], tmp_path: Path
 ):
@@ -314,7 +329,7 @@ def test_a_damaged_checkpoint_costs_one_interval_not_the_job(
 def test_a_text_model_without_teacher_or_projector_is_repaired_too(tmp_path: Path):
     torch.manual_seed(0)
     model, masks = pruned(LlamaForCausalLM(llama_config()).eval().requires_grad_(False))
-    text_only = [{k: v for k, v in s.items() if k != "pixel_values"} for s in samples()]
+    text_only = [s for s in samples() if "pixel_values" not in s]
     spec = SPEC.model_copy(update={"distill": 0.0})
 
     report = repair(model, masks, text_only, spec, Worker(tmp_path), stage="key", seed=0, pad_id=0)

@@ -129,6 +129,7 @@ class _Training:
         self.targets = targets
         self.rank_batch = math.ceil(spec.batch_size / ctx.world)
         self.num_micro = math.ceil(self.rank_batch / micro_batch)
+        self.filler: dict[str, Tensor] | None = None
         self.losses: list[list[float]] = []
         """Of every step so far: task, distillation."""
 
@@ -222,7 +223,8 @@ class _Training:
     def _micro_batches(self, step: int) -> list[tuple[Sequence[int], dict[str, Tensor]]]:
         """This rank's part of a step, always `num_micro` batches: the ranks move in lockstep.
 
-        A batch that would be empty is one sample without answers, whose gradient is zero.
+        They also run the same modules, or ZeRO would wait for gradients that never come: a batch
+        without any image or sample gets one more sample, without answers, so of zero gradient.
         """
         everyone = batch_indices(step, len(self.samples), self.spec.batch_size, self.seed)
         mine = everyone[self.ctx.rank :: self.ctx.world]
@@ -230,11 +232,21 @@ class _Training:
         batches: list[tuple[Sequence[int], dict[str, Tensor]]] = []
         for index in range(self.num_micro):
             indices = mine[index * size : (index + 1) * size]
-            batch = collate([self.samples[i] for i in indices or everyone[:1]], self.pad_id)
-            if not indices:
-                batch["labels"] = torch.full_like(batch["labels"], IGNORED_LABEL)
-            batches.append((indices, batch))
+            singles = [self.samples[i] for i in indices]
+            if not any("pixel_values" in single for single in singles):
+                filler = self._filler()
+                if not singles or "pixel_values" in filler:
+                    singles.append(filler)
+            batches.append((indices, collate(singles, self.pad_id)))
         return batches
+
+    def _filler(self) -> dict[str, Tensor]:
+        """A sample with nothing to learn; with an image, if any sample has one."""
+        if self.filler is None:
+            with_image = (single for single in self.samples if "pixel_values" in single)
+            single = next(with_image, self.samples[0])
+            self.filler = single | {"labels": torch.full_like(single["labels"], IGNORED_LABEL)}
+        return self.filler
 
     def _sum_over_ranks(self, values: list[float]) -> list[float]:
         if self.ctx.world == 1:
