@@ -69,6 +69,8 @@ class Encoder:
     def prompts(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
         """The last question of each sample as a left-padded batch, ready to generate from."""
         self.tokenizer.padding_side = "left"
+        if self.tokenizer.pad_token_id is None:  # Llama's; what pads is masked, so any token does
+            self.tokenizer.pad_token = self.tokenizer.eos_token
         texts = [self.render(sample, num_answers=len(sample.turns) - 1) for sample in samples]
         return self._process(texts, [sample.load_image() for sample in samples], padding=True)
 
