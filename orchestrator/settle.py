@@ -49,18 +49,21 @@ def settle(job: JobSpec, storage: Storage, run: Callable[[int], JobResult]) -> J
             result = _failed(job, "unknown", f"{type(error).__name__}: {error}")
     total = time.time() - started
     computing = result.facts.pop("seconds_computing", 0.0)
-    result.facts.update(seconds_total=total, seconds_orchestration=total - computing)
-    result.facts.update(attempt=attempt)
-    return _published(job, storage, result)
+    ours = {"attempt": attempt, "seconds_total": total, "seconds_orchestration": total - computing}
+    result.facts.update(ours)
+    return _published(job, storage, result, ours)
 
 
-def _published(job: JobSpec, storage: Storage, result: JobResult) -> JobResult:
+def _published(
+    job: JobSpec, storage: Storage, result: JobResult, ours: dict[str, Any]
+) -> JobResult:
     """Publish a result; one that may not stand on the leaderboard (a NaN) becomes a failure."""
     columns = job_columns(job) | provenance()
     try:
         leaderboard.publish(storage, columns, result)
     except (NumericError, ValueError) as error:
         result = _failed(job, "numeric", f"the result cannot be published: {error}")
+        result.facts.update(ours)
         leaderboard.publish(storage, columns, result)
     return result
 
