@@ -13,6 +13,7 @@ from torch import Tensor
 
 from jobs.errors import NumericError
 from jobs.pattern import Target
+from workers.statistics import all_finite
 
 Compare = Literal["row", "layer"]
 
@@ -42,9 +43,10 @@ def keep_mask(saliency_OI: Tensor, target: Target, *, compare: Compare = "row") 
     pattern = target.pattern
     if pattern.kept is not None and pattern.group is not None:
         pattern.check_inputs(saliency_OI.shape[1], "keep_mask")
-        members_MG = saliency_OI.reshape(-1, pattern.group).T
-        drop_MG = drop_in_groups(members_MG, pattern.group - pattern.kept)
-        return drop_MG.T.logical_not().reshape(saliency_OI.shape)
+        num_dropped = pattern.group - pattern.kept
+        members_GM = saliency_OI.reshape(-1, pattern.group)
+        keeps = [rank_in_groups(some.T) >= num_dropped for some in torch.split(members_GM, 2**18)]
+        return torch.cat(keeps, dim=1).T.reshape(saliency_OI.shape)
     groups_GM = saliency_OI if compare == "row" else saliency_OI.reshape(1, -1)
     num_dropped = round(target.sparsity * groups_GM.shape[1])  # int() would turn 0.29 * 100 into 28
     return drop_smallest(groups_GM, num_dropped).logical_not_().reshape(saliency_OI.shape)
@@ -52,7 +54,7 @@ def keep_mask(saliency_OI: Tensor, target: Target, *, compare: Compare = "row") 
 
 def check_rankable(saliency: Tensor) -> None:
     """Raise NumericError for a NaN or an infinity: it has no rank."""
-    if saliency.isfinite().all():
+    if all_finite(saliency):
         return
     num_bad = int((~saliency.isfinite()).sum())
     raise NumericError(
@@ -83,29 +85,25 @@ def kth_smallest(saliency_GM: Tensor, k: int) -> Tensor:
     return saliency_GM.kthvalue(k, dim=1).values
 
 
-def drop_in_groups(saliency_MG: Tensor, num_dropped: int) -> Tensor:
-    """True at the `num_dropped` smallest of each column; among equals the one nearest the top.
+def rank_in_groups(saliency_MG: Tensor) -> Tensor:
+    """Each member's rank in its column, 0 for the least; among equals the top one is less. Float.
 
-    Ranks by playing every pair, 2 to 10 times as fast as sorting columns of 4.
+    Every pair plays, which is 2 to 10 times as fast as sorting columns of 4.
     """
     num_members, num_groups = saliency_MG.shape
-    points_MP, handicap_M1 = _tournament(num_members, saliency_MG.device)
-    first_is_less_PG = torch.empty(points_MP.shape[1], num_groups, device=saliency_MG.device)
-    pair = 0
-    for later in range(1, num_members):
-        played_PG = first_is_less_PG[pair : pair + later]
-        torch.le(saliency_MG[:later], saliency_MG[later], out=played_PG)
-        pair += later
-    return torch.mm(points_MP, first_is_less_PG) < num_dropped - handicap_M1
+    handicap_M1, points_MP = _tournament(num_members, saliency_MG.device)
+    is_less_MMG = torch.empty(num_members, num_members, num_groups, device=saliency_MG.device)
+    torch.le(saliency_MG[:, None], saliency_MG, out=is_less_MMG)
+    return torch.addmm(handicap_M1, points_MP, is_less_MMG.view(-1, num_groups))
 
 
 @cache
 def _tournament(num_members: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """What a member's rank gains when the first of a pair is less, and its rank if none ever is."""
-    pairs = [(first, later) for later in range(1, num_members) for first in range(later)]
-    points_MP = torch.zeros(num_members, len(pairs))
-    for pair, (first, later) in enumerate(pairs):
-        points_MP[later, pair] = 1
-        points_MP[first, pair] = -1
+    """A member's rank if it lost every game, and what each game won by the upper one changes."""
+    points_MMM = torch.zeros(num_members, num_members, num_members)
+    for upper in range(num_members):
+        for lower in range(upper + 1, num_members):
+            points_MMM[lower, upper, lower] = 1
+            points_MMM[upper, upper, lower] = -1
     handicap_M1 = torch.arange(num_members - 1, -1, -1.0)[:, None]
-    return points_MP.to(device), handicap_M1.to(device)
+    return handicap_M1.to(device), points_MMM.reshape(num_members, -1).to(device)

@@ -16,6 +16,11 @@ from torch import Tensor
 from jobs.errors import NumericError
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Like `isfinite().all()`, in one pass that allocates nothing. A NaN becomes both extremes."""
+    return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())
+
+
 @dataclass
 class Statistics:
     """Sums over the tokens seen so far. Two of them add up to those of all their tokens."""
@@ -81,7 +86,7 @@ class Statistics:
         if self.num_tokens == 0:
             raise NumericError(f"{where}: no token reached this input during calibration")
         for name, tensor in (("gram", self.gram_II), ("sum", self.sum_I)):
-            if not tensor.isfinite().all():
+            if not all_finite(tensor):
                 num_bad = int((~tensor.isfinite()).sum())
                 raise NumericError(
                     f"{where}: {num_bad} of {tensor.numel()} entries of the input {name} are NaN "

@@ -17,7 +17,7 @@ from workers.methods.common import Pruned
 from workers.methods.magnitude import prune_magnitude
 from workers.methods.sparsegpt import prune_sparsegpt
 from workers.methods.wanda import prune_wanda
-from workers.statistics import Statistics
+from workers.statistics import Statistics, all_finite
 
 __all__ = ["Pattern", "Pruned", "Target", "prune", "prune_shared"]
 
@@ -99,7 +99,7 @@ def _check(weight_OI: Tensor, statistics: Statistics | None, target: Target, whe
     num_inputs = weight_OI.shape[1]
     if target.sparsity:
         target.pattern.check_inputs(num_inputs, where)
-    if not weight_OI.isfinite().all():
+    if not all_finite(weight_OI):
         num_bad = int((~weight_OI.isfinite()).sum())
         raise NumericError(f"{where}: {num_bad} of {weight_OI.numel()} weights are NaN or infinite")
     if statistics is not None and len(statistics.sum_I) != num_inputs:
