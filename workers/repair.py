@@ -381,7 +381,7 @@ def _write(tensors: Mapping[str, Tensor], path: Path) -> None:
 def _import_deepspeed(ctx: Context) -> ModuleType:
     """DeepSpeed such that it compiles nothing and finds a process group. Seconds to import."""
     os.environ.setdefault("DS_ACCELERATOR", ctx.device.type)  # else it probes for all it knows
-    os.environ.setdefault("LOCAL_RANK", "0")
+    os.environ.setdefault("LOCAL_RANK", str(ctx.device.index or 0))
     import deepspeed
     import deepspeed.ops
 
