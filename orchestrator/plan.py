@@ -28,7 +28,7 @@ from jobs.spec import (
     Tower,
 )
 from jobs.sweep import ExcludeSpec, GridSpec, SweepSpec, Towers
-from workers.data import fingerprint_dataset, load_dataset
+from workers.data import Split, fingerprint_dataset, load_dataset
 from workers.families import blocks_path, family_of
 from workers.keys import StageKeys
 from workers.locate import config_of, fingerprint_model, locate, tensor_shapes
@@ -58,7 +58,9 @@ def make_plan(sweep: SweepSpec) -> list[JobSpec]:
     Raises:
         SpecError, ModelError, DataError: a job that cannot run, and why.
     """
-    jobs = {job.key: job for job in _expand(sweep)}
+    jobs: dict[str, JobSpec] = {}
+    for job in _expand(sweep):
+        jobs.setdefault(job.key, job)
     for job in jobs.values():
         _check_job(job)
     order = {key: number for number, key in enumerate(jobs)}
@@ -220,8 +222,13 @@ def _tower_of(tensor_name: str) -> Tower:
 
 
 @cache
-def _num_samples(spec: DatasetSpec, split: str) -> int:
-    return len(load_dataset(spec, "train" if split == "train" else "test"))
+def _num_samples(spec: DatasetSpec, split: Split) -> int:
+    return len(load_dataset(spec, split))
+
+
+@cache
+def _has_images(spec: DatasetSpec) -> bool:
+    return load_dataset(spec, "test")[0].image is not None
 
 
 def _check_job(job: JobSpec) -> None:
@@ -288,8 +295,7 @@ def _check_benchmarks(job: JobSpec, facts: ModelFacts) -> None:
             raise DataError(
                 f"evaluate: num_items is {spec.num_items}, and {spec.label} has {available} items"
             )
-        sees_images = any(sample.image for sample in load_dataset(spec.dataset, "test")[:1])
-        if sees_images and "vision" not in facts.towers:
+        if "vision" not in facts.towers and _has_images(spec.dataset):
             raise SpecError(
                 f"evaluate: {spec.label} asks about images, and {facts.spec.name} has no vision "
                 "tower. Evaluate it on text (format text or python-docs)"

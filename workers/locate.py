@@ -11,6 +11,9 @@ from jobs.spec import ModelSpec
 
 SHIPPED_MODELS = ("demo",)
 
+_KINDS = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py")
+"""What a model is made of: config, weights, template, tokenizer and, if trusted, code."""
+
 
 def locate(spec: ModelSpec) -> Path:
     """The folder of a model: shipped with us, on disk, or fetched from the hub (and cached).
@@ -31,9 +34,9 @@ def locate(spec: ModelSpec) -> Path:
 
 
 def fingerprint_model(folder: Path) -> str:
-    """Hash of the config, the weights and the tokenizer, 16 hex digits. Reads every byte."""
+    """Hash of every file that a model is made of, 16 hex digits. Reads every byte."""
     digest = hashlib.sha256()
-    for file in sorted([*folder.glob("*.json"), *folder.glob("*.jinja"), *_weights(folder)]):
+    for file in sorted(file for kind in _KINDS for file in folder.glob(kind)):
         with file.open("rb") as opened:
             digest.update(file.name.encode())
             digest.update(hashlib.file_digest(opened, "sha256").digest())
@@ -67,7 +70,7 @@ def config_of(folder: Path) -> dict[str, Any]:
     """
     try:
         return dict(json.loads((folder / "config.json").read_text()))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise ModelError(f"{folder} is not a model folder: {error}") from error
 
 
@@ -88,7 +91,7 @@ def _from_hub(spec: ModelSpec) -> Path:
             snapshot_download(
                 spec.name,
                 revision=spec.revision,
-                allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"],
+                allow_patterns=list(_KINDS),
             )
         )
     except Exception as error:  # the hub's client raises from several libraries
