@@ -2,7 +2,7 @@
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class MethodOptions(BaseModel):
@@ -77,6 +77,79 @@ class SparseGPTSpec(MethodOptions):
     solves_for_weights: ClassVar[bool] = True
 
 
+class RIASpec(MethodOptions):
+    """Drop by a weight's share of its row and of its column, times its input, ICLR 2024."""
+
+    name: Literal["ria"] = "ria"
+    activation_power: float = Field(default=0.5, ge=0)
+    """Exponent of the input's norm; 0 leaves the inputs out."""
+    compare: Literal["row", "layer"] = "layer"
+    """Who competes when unstructured: the inputs of one output feature, or the whole layer."""
+
+
+class DSnoTSpec(MethodOptions):
+    """Swap dropped weights for kept ones until an output's mean is right, arXiv:2310.08915.
+
+    SparseSwaps does the same by the exact squared error, and better.
+    """
+
+    name: Literal["dsnot"] = "dsnot"
+    initial: Literal["wanda", "magnitude"] = "wanda"
+    """The saliency that the mask starts from, and that chooses what to drop instead."""
+    max_cycles: int = Field(default=50, ge=1)
+    """Swaps per output feature at most."""
+    stop_below: float = Field(default=0.1, ge=0)
+    """An output whose mean, summed over a sequence's tokens, is off by less is left alone."""
+    variance_power: float = Field(default=1.0, ge=0)
+    """How much inputs that vary are avoided when choosing what to bring back."""
+    same_sign: bool = True
+    """Refuse a swap that overshoots. The published code means to, and does so only for N:M."""
+
+
+class ADMMSpec(MethodOptions):
+    """Solve for the weights and mask them, in turn, ever more strictly, arXiv:2401.02938."""
+
+    name: Literal["admm"] = "admm"
+    compare: Literal["row", "layer"] = "layer"
+    """Who competes when unstructured: the inputs of one output feature, or the whole layer."""
+    damping: float = Field(default=0.01, gt=0)
+    """Added to the diagonal of the Hessian, as a share of each input's own energy."""
+    iterations: int = Field(default=20, ge=1)
+    """Solves in all."""
+    masking_iterations: int = Field(default=15, ge=1)
+    """Over how many of them the mask tightens to the target; at most `iterations`."""
+    rho: float = Field(default=1.0, gt=0)
+    """How strongly the solution is pulled to the masked weights."""
+    solves_for_weights: ClassVar[bool] = True
+
+    @model_validator(mode="after")
+    def _masks_before_it_ends(self) -> "ADMMSpec":
+        if self.masking_iterations > self.iterations:
+            raise ValueError(
+                f"masking_iterations is {self.masking_iterations}, more than the "
+                f"{self.iterations} iterations"
+            )
+        return self
+
+
+class SparseSwapsSpec(MethodOptions):
+    """Swap a dropped weight for a kept one as long as the layer's squared error falls."""
+
+    name: Literal["sparseswaps"] = "sparseswaps"
+    max_swaps: int = Field(default=100, ge=1)
+    """Swaps per output feature at most."""
+    candidates: int = Field(default=32, ge=1)
+    """Unstructured: pairs are tried among this many of the most promising on either side."""
+
+
 MethodSpec = Annotated[
-    DenseSpec | MagnitudeSpec | WandaSpec | SparseGPTSpec, Field(discriminator="name")
+    DenseSpec
+    | MagnitudeSpec
+    | WandaSpec
+    | RIASpec
+    | DSnoTSpec
+    | SparseGPTSpec
+    | ADMMSpec
+    | SparseSwapsSpec,
+    Field(discriminator="name"),
 ]

@@ -83,3 +83,31 @@ def drop_loop(saliency_OI: Tensor, sparsity: float, kept_of: tuple[int, int] | N
 def squared_output_change(change_OI: Tensor, hessian_II: Tensor) -> float:
     """tr(dW H dWᵀ), what every method here tries to keep small."""
     return float(((change_OI @ hessian_II) * change_OI).sum())
+
+
+def masked_least_squares(weight_OI: Tensor, keep_OI: Tensor, hessian_II: Tensor) -> Tensor:
+    """Per row, the kept weights that change the output least. In float64."""
+    solved_OI = torch.zeros_like(weight_OI, dtype=torch.float64)
+    hessian_II = hessian_II.double()
+    for row, keep_I in enumerate(keep_OI):
+        right = (weight_OI[row].double() @ hessian_II)[keep_I]
+        solved_OI[row, keep_I] = torch.linalg.solve(hessian_II[keep_I][:, keep_I], right)
+    return solved_OI
+
+
+def best_swap(
+    weight_I: Tensor, keep_I: Tensor, gram_II: Tensor, pairs: list[tuple[int, int]]
+) -> tuple[float, int, int]:
+    """The pair (drop, bring back) that lowers one row's error most, by trying each."""
+
+    def error(mask_I: Tensor) -> float:
+        lost_I = weight_I.masked_fill(mask_I, 0)
+        return float(lost_I @ gram_II @ lost_I)
+
+    found = []
+    for dropped, back in pairs:
+        if keep_I[dropped] and not keep_I[back]:
+            swapped_I = keep_I.clone()
+            swapped_I[dropped], swapped_I[back] = False, True
+            found.append((error(swapped_I) - error(keep_I), dropped, back))
+    return min(found)

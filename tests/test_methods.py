@@ -3,6 +3,8 @@
 Shape letters: O output features, I input features, T tokens.
 """
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,11 +12,30 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from jobs.errors import NumericError
-from jobs.methods import DenseSpec, MagnitudeSpec, MethodSpec, SparseGPTSpec, WandaSpec
+from jobs.methods import (
+    ADMMSpec,
+    DenseSpec,
+    DSnoTSpec,
+    MagnitudeSpec,
+    MethodSpec,
+    RIASpec,
+    SparseGPTSpec,
+    SparseSwapsSpec,
+    WandaSpec,
+)
 from jobs.pattern import Pattern, Target
-from tests.reference import drop_loop, inverse_factor, sparsegpt_loop, squared_output_change
+from tests.reference import (
+    best_swap,
+    drop_loop,
+    inverse_factor,
+    masked_least_squares,
+    sparsegpt_loop,
+    squared_output_change,
+)
 from workers.methods import prune, prune_shared
+from workers.methods.dsnot import moments
 from workers.methods.hessian import factor_hessian
+from workers.methods.reconstruct import conjugate_gradients
 from workers.methods.wanda import wanda_saliency
 from workers.statistics import Statistics
 
@@ -27,6 +48,14 @@ METHODS = {
     "sparsegpt, by row": SparseGPTSpec(threshold="row"),
     "sparsegpt, by layer": SparseGPTSpec(threshold="layer"),
     "sparsegpt, several panels": SparseGPTSpec(block_size=16, damping_rule="reference"),
+    "sparsegpt, reconstructed": SparseGPTSpec(reconstruct="pcg"),
+    "wanda, reconstructed": WandaSpec(reconstruct="pcg"),
+    "ria": RIASpec(),
+    "dsnot": DSnoTSpec(),
+    "dsnot, from magnitude": DSnoTSpec(initial="magnitude", same_sign=False),
+    "admm": ADMMSpec(),
+    "admm, by row": ADMMSpec(compare="row"),
+    "sparseswaps": SparseSwapsSpec(),
 }
 TARGETS = {
     "50%": Target(0.5),
@@ -36,7 +65,15 @@ TARGETS = {
     "2:3": Target(1 / 3, Pattern(2, 3)),
     "4:8": Target(0.5, Pattern(4, 8)),
 }
-PER_ROW = ("magnitude, by row", "wanda", "sparsegpt, by row")
+PER_ROW = [
+    "magnitude, by row",
+    "wanda",
+    "sparsegpt, by row",
+    "admm, by row",
+    "sparseswaps",
+    "dsnot",
+]
+LOOKING_AT_INPUTS = [name for name in METHODS if "magnitude" not in name]
 
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
 every_target = pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS.keys())
@@ -153,7 +190,7 @@ def test_groups_that_do_not_fill_the_inputs_are_refused(method):
         prune(*a_layer(), Target(0.4, Pattern(3, 5)), method)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if "magnitude" not in name])
+@pytest.mark.parametrize("name", LOOKING_AT_INPUTS)
 @every_target
 def test_weights_on_a_dead_input_go_first(name, target):
     weight_OI, statistics = a_layer(dead=[5, 40])
@@ -164,7 +201,7 @@ def test_weights_on_a_dead_input_go_first(name, target):
     assert not pruned.weight_OI[:, [5, 40]].any()
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if "magnitude" not in name])
+@pytest.mark.parametrize("name", LOOKING_AT_INPUTS)
 def test_a_method_that_needs_statistics_says_so(name):
     assert METHODS[name].needs_statistics
     with pytest.raises(ValueError, match="needs calibration statistics"):
@@ -179,7 +216,7 @@ def test_fewer_tokens_than_inputs_are_enough(method):
     pruned = prune(weight_OI, statistics, Target(0.5), method)
 
     assert pruned.weight_OI.isfinite().all()
-    assert (pruned.damping_used == 0.01) == method.updates_weights
+    assert pruned.damping_used == (0.01 if method.solves_for_weights else None)
 
 
 def test_the_options_come_from_yaml_by_name():
@@ -230,14 +267,11 @@ def test_the_factor_is_the_published_one_inverted(panel):
     _, statistics = a_layer()
     _, upper_II, _ = inverse_factor(statistics.gram_II, 4, damping=0.01)
 
-    factor = factor_hessian(statistics, 0.01, normalised=False, panel=panel)
+    factor, _ = factor_hessian(statistics, 0.01, normalised=False, panel=panel)
 
-    factor_II = (
-        factor.above_II.triu()
-        - torch.block_diag(*(torch.ones(len(i), len(i)) for i in factor.inverses))
-        * factor.above_II.triu()
-    )
-    factor_II += torch.block_diag(*(i.inverse() for i in factor.inverses))
+    on_diagonal_II = torch.block_diag(*(inverse.inverse() for inverse in factor.inverses))
+    in_panels_II = torch.block_diag(*(torch.ones_like(inverse) for inverse in factor.inverses))
+    factor_II = on_diagonal_II + (factor.above_II * (1 - in_panels_II)).triu()
     assert torch.allclose(factor_II @ upper_II, torch.eye(NUM_INPUTS), atol=1e-5)
 
 
@@ -343,6 +377,138 @@ def test_a_hessian_beyond_damping_is_an_error():
 
     with pytest.raises(NumericError, match=r"proj: the damped Hessian \(2 x 2\).*0.01, 0.1, 1.0"):
         prune(torch.ones(1, 2), statistics, Target(0.5), SparseGPTSpec(), where="proj")
+
+
+# Masked conjugate gradients
+
+
+@pytest.mark.parametrize("target", [Target(0.5), Target(0.5, Pattern(2, 4))])
+def test_enough_conjugate_gradients_solve_each_row_exactly(target):
+    weight_OI, statistics = a_layer(num_tokens=2000)
+    options = WandaSpec(reconstruct="pcg", reconstruct_iterations=48)
+
+    pruned = prune(weight_OI, statistics, target, options)
+
+    damped_II = statistics.gram_II.clone()
+    damped_II.diagonal().mul_(1.01)
+    exact_OI = masked_least_squares(weight_OI, pruned.keep_OI, damped_II)
+    assert torch.allclose(pruned.weight_OI.double(), exact_OI, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["magnitude", "wanda", "sparsegpt", "admm", "sparseswaps"])
+def test_a_step_of_the_polish_never_makes_the_layer_worse(name):
+    weight_OI, statistics = a_layer()
+    damped_II = statistics.gram_II.clone()
+    damped_II.diagonal().mul_(1.01)
+    plain_OI = prune(weight_OI, statistics, Target(0.5), METHODS[name]).weight_OI
+    changes = [squared_output_change(plain_OI - weight_OI, damped_II)]
+    for iterations in (1, 2, 3, 5, 10):
+        update = {"reconstruct": "pcg", "reconstruct_iterations": iterations}
+        options = METHODS[name].model_copy(update=update)
+        pruned_OI = prune(weight_OI, statistics, Target(0.5), options).weight_OI
+        changes.append(squared_output_change(pruned_OI - weight_OI, damped_II))
+
+    assert all(after <= before * (1 + 1e-5) for before, after in pairwise(changes))
+    assert changes[-1] < changes[0]
+
+
+def test_a_row_without_error_stays_as_it_is():
+    """0 / 0 would be the step's length."""
+    keep_OI = torch.ones(1, 2, dtype=torch.bool)
+
+    assert conjugate_gradients(torch.eye(2), torch.zeros(1, 2), keep_OI, 3).tolist() == [[0, 0]]
+
+
+# RIA, DSnoT, ADMM, SparseSwaps
+
+
+def test_ria_looks_at_shares_of_rows_and_columns():
+    """By size two 1s are equal. The lower is 1/9 of its row, the upper 1/3 of its own."""
+    statistics = Statistics.empty(2)
+    statistics.update(torch.eye(2), num_sequences=1)
+
+    pruned = prune(torch.tensor([[2.0, 1.0], [8.0, 1.0]]), statistics, Target(0.25), RIASpec())
+
+    assert pruned.keep_OI.tolist() == [[True, True], [True, False]]
+
+
+def test_dsnot_swaps_until_the_mean_is_right():
+    """3 and 2 are dropped, so the output is 5 too low. Taking the 3 for the -4 leaves -2.
+
+    Inputs are 1 and -1 in turn but for their mean: their variance is all the same.
+    """
+    statistics = Statistics(torch.eye(4) * 20, torch.ones(4).double() * 2, 2, num_sequences=2)
+    weight_OI = torch.tensor([[3.0, 2.0, -4.0, 9.0]])
+
+    overshot = prune(weight_OI, statistics, Target(0.5), DSnoTSpec(same_sign=False, max_cycles=1))
+    refused = prune(weight_OI, statistics, Target(0.5), DSnoTSpec(max_cycles=1))
+
+    assert overshot.weight_OI.tolist() == [[3.0, 0.0, 0.0, 9.0]]
+    assert refused.weight_OI.tolist() == [[0.0, 0.0, -4.0, 9.0]]
+
+
+@every_target
+def test_dsnot_brings_the_mean_of_every_output_nearer(target):
+    weight_OI, statistics = a_layer(40)
+    statistics.sum_I += 30 * torch.linspace(-1, 1, NUM_INPUTS)
+    mean_OI, _ = moments(weight_OI, statistics)
+    off = {}
+    for options in (WandaSpec(), DSnoTSpec()):
+        keep_OI = prune(weight_OI, statistics, target, options).keep_OI
+        off[options.name] = mean_OI.masked_fill(keep_OI, 0).sum(dim=1).abs()
+
+    assert (off["dsnot"] <= off["wanda"]).all()
+    assert off["dsnot"].mean() < 0.7 * off["wanda"].mean()
+
+
+@pytest.mark.parametrize("group", [None, 4])
+def test_sparseswaps_makes_the_best_of_all_swaps(group):
+    weight_OI, statistics = a_layer(6, 16)
+    target = Target(0.5, Pattern(2, 4) if group else Pattern())
+    before_OI = prune(weight_OI, statistics, target, WandaSpec()).keep_OI
+    pairs = [(p, u) for p in range(16) for u in range(16) if not group or p // 4 == u // 4]
+
+    options = SparseSwapsSpec(max_swaps=1, candidates=16)
+    after_OI = prune(weight_OI, statistics, target, options).keep_OI
+
+    for weight_I, before_I, after_I in zip(weight_OI, before_OI, after_OI, strict=True):
+        change, dropped, back = best_swap(weight_I, before_I, statistics.gram_II, pairs)
+        expected_I = before_I.clone()
+        if change < 0:
+            expected_I[dropped], expected_I[back] = False, True
+        assert torch.equal(after_I, expected_I)
+
+
+@every_target
+def test_every_swap_lowers_the_error_and_keeps_the_rows_count(target):
+    weight_OI, statistics = a_layer(40)
+    changes = []
+    for max_swaps in (1, 2, 4, 8, 100):
+        pruned = prune(weight_OI, statistics, target, SparseSwapsSpec(max_swaps=max_swaps))
+        assert (~pruned.keep_OI).sum(dim=1).unique().tolist() == [round(target.sparsity * 48)]
+        changes.append(squared_output_change(pruned.weight_OI - weight_OI, statistics.gram_II))
+
+    assert all(after <= before for before, after in pairwise(changes))
+    assert changes[-1] < changes[0]
+
+
+def test_admm_gains_from_masking_gradually():
+    """The release masks at the final sparsity from the first iteration on."""
+    weight_OI, statistics = a_layer(64, 256, num_tokens=1024)
+    change = {}
+    for masking_iterations in (1, 15):
+        options = ADMMSpec(masking_iterations=masking_iterations)
+        pruned_OI = prune(weight_OI, statistics, Target(0.7), options).weight_OI
+        change[masking_iterations] = squared_output_change(
+            pruned_OI - weight_OI, statistics.gram_II
+        )
+
+    assert change[15] < 0.95 * change[1]
+
+
+def test_admm_cannot_end_before_its_mask_is_final():
+    with pytest.raises(ValidationError, match="more than the 10 iterations"):
+        ADMMSpec(iterations=10)
 
 
 # Layers that share an input

@@ -11,11 +11,26 @@ import torch
 from torch import Tensor
 
 from jobs.errors import NumericError
-from jobs.methods import DenseSpec, MagnitudeSpec, MethodOptions, SparseGPTSpec, WandaSpec
+from jobs.methods import (
+    ADMMSpec,
+    DenseSpec,
+    DSnoTSpec,
+    MagnitudeSpec,
+    MethodOptions,
+    RIASpec,
+    SparseGPTSpec,
+    SparseSwapsSpec,
+    WandaSpec,
+)
 from jobs.pattern import Pattern, Target
-from workers.methods.common import Pruned
+from workers.methods.admm import prune_admm
+from workers.methods.common import Pruned, need
+from workers.methods.dsnot import prune_dsnot
 from workers.methods.magnitude import prune_magnitude
+from workers.methods.reconstruct import reconstruct
+from workers.methods.ria import prune_ria
 from workers.methods.sparsegpt import prune_sparsegpt
+from workers.methods.sparseswaps import prune_sparseswaps
 from workers.methods.wanda import prune_wanda
 from workers.statistics import Statistics, all_finite
 
@@ -27,9 +42,13 @@ SharedMethod = Callable[[list[Tensor], Statistics | None, list[Target], Any], li
 METHODS: dict[type[MethodOptions], Method] = {
     MagnitudeSpec: prune_magnitude,
     WandaSpec: prune_wanda,
+    RIASpec: prune_ria,
+    DSnoTSpec: prune_dsnot,
+    SparseSwapsSpec: prune_sparseswaps,
 }
 SHARED_METHODS: dict[type[MethodOptions], SharedMethod] = {
     SparseGPTSpec: prune_sparsegpt,
+    ADMMSpec: prune_admm,
 }
 """Those that factor the Hessian once for all layers of one input and one pattern."""
 
@@ -89,6 +108,12 @@ def prune_shared(
                 [weights[i] for i in those], statistics, [targets[i] for i in those], options
             )
             for i, one in zip(those, pruned, strict=True):
+                if options.reconstruct == "pcg":
+                    one = reconstruct(weights[i], one, need(statistics), options)
+                if not all_finite(one.weight_OI):
+                    raise NumericError(
+                        f"a pruned weight is NaN or does not fit in {one.weight_OI.dtype}"
+                    )
                 results[i] = one
     except NumericError as error:
         raise NumericError(f"{where}: {error.message}") from error

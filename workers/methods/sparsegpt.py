@@ -43,7 +43,7 @@ def prune_sparsegpt(
     """
     statistics = need(statistics)
     group = targets[0].pattern.group or 1
-    factor = factor_hessian(
+    factor, damping = factor_hessian(
         statistics,
         options.damping,
         normalised=options.mode == "improved" and options.damping_rule == "normalised",
@@ -58,7 +58,7 @@ def prune_sparsegpt(
     pruned_OI, keep_OI = _walk_panels(trained_OI, factor, sizes, targets, options)
     layers = zip(weights, torch.split(pruned_OI, sizes), torch.split(keep_OI, sizes), strict=True)
     return [
-        Pruned(pruned_OI.to(weight.dtype), keep_OI, factor.damping)
+        Pruned(pruned_OI.to(weight.dtype), keep_OI, damping)
         for weight, pruned_OI, keep_OI in layers
     ]
 
