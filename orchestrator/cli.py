@@ -5,9 +5,12 @@ failed, each with its reason on the leaderboard.
 """
 
 import json
+import os
 import shutil
 import sys
+import tempfile
 import time
+from collections.abc import Sequence
 from enum import StrEnum
 from importlib.resources import files
 from pathlib import Path
@@ -16,7 +19,6 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from jobs.errors import PrunefleetError, SpecError
 from jobs.spec import JobSpec
@@ -79,16 +81,16 @@ def plan(
         ]
         print(json.dumps({"jobs": rows, "stages": stages}, indent=1))
         return
-    table = Table("job", "what", "status", "memory", "time", box=None, pad_edge=False)
+    lines: list[tuple[str, ...]] = [("job", "what", "status", "memory", "time")]
     for row in rows:
         cost = (f"{row['memory_gib']:.1f} GiB", f"{row['seconds']:.0f} s")
         if row["status"] == "complete":
             cost = ("", "")
-        table.add_row(row["job_key"], row["what"], row["status"], *cost)
-    console.print(table)
-    console.print()
-    console.print(_sharing(shared, done), highlight=False)
-    console.print(_costs(rows), highlight=False)
+        lines.append((row["job_key"], row["what"], row["status"], *cost))
+    _print_columns(lines)
+    _print_line("")
+    _print_columns(_sharing(shared, done))
+    _print_line(_costs(rows))
 
 
 @app.command()
@@ -107,11 +109,9 @@ def run(
     jobs, place = _planned(sweep), Storage(storage)
     settled = board.published_keys(place)
     missing = [job for job in jobs if settled.get(job.key) != "complete"]
-    console.print(
+    _print_line(
         f"{len(jobs)} jobs, {len(jobs) - len(missing)} complete, {len(missing)} to run. "
-        f"Storage: {place.url}",
-        highlight=False,
-        soft_wrap=True,
+        f"Storage: {place.url}"
     )
     started = time.time()
     progress = Progress(missing, place, console)
@@ -120,14 +120,13 @@ def run(
         backend.run(missing, place, progress.settled)
     _print_rows(place, {job.key for job in jobs})
     failed = [result for result in progress.results.values() if result.status == "failed"]
-    console.print(
+    _print_line(
         f"{len(missing) - len(failed)} jobs run, {len(failed)} failed, "
-        f"{time.time() - started:.0f} s. Leaderboard: {place.url}/{board.ROWS}",
-        highlight=False,
-        soft_wrap=True,
+        f"{time.time() - started:.0f} s. Leaderboard: {place.url}/{board.ROWS}"
     )
     for result in failed:
-        errors.print(f"[red]failed:[/red] {result.job_key}: {escape(str(result.error))}")
+        reason = f"{result.job_key}: {escape(str(result.error))}"
+        errors.print(f"[red]failed:[/red] {reason}", highlight=False, soft_wrap=True)
     if failed:
         raise typer.Exit(3)
 
@@ -159,8 +158,12 @@ def export(
     if to.exists():
         raise SpecError(f"{to} exists already; name a folder that does not")
     path = matching["export"].iloc[0].removeprefix(f"{place.url}/")
-    shutil.copytree(place.fetch_folder(path, to.parent / ".prunefleet-fetched"), to)
-    console.print(f"{keys[0]} is in {to}", highlight=False, soft_wrap=True)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".prunefleet-", dir=to.parent) as scratch:
+        fetched = place.fetch_folder(path, Path(scratch) / "fetched")
+        shutil.copytree(fetched, Path(scratch) / "model")
+        os.replace(Path(scratch) / "model", to)
+    _print_line(f"{keys[0]} is in {to}")
 
 
 def _planned(sweep: str) -> list[JobSpec]:
@@ -201,16 +204,17 @@ def _plan_row(job: JobSpec, status: str, done: set[tuple[str, str]]) -> dict[str
     }
 
 
-def _sharing(shared: dict[tuple[str, str], int], done: set[tuple[str, str]]) -> Table:
-    table = Table("stage", "needed", "to compute", "there already", box=None, pad_edge=False)
+def _sharing(
+    shared: dict[tuple[str, str], int], done: set[tuple[str, str]]
+) -> list[tuple[str, ...]]:
+    lines: list[tuple[str, ...]] = [("stage", "needed", "to compute", "there already")]
     for stage in STAGES:
         counts = {key: count for key, count in shared.items() if key[0] == stage}
         if counts:
             there = sum(key in done for key in counts)
-            table.add_row(
-                stage, f"{sum(counts.values())} times", f"{len(counts) - there}", f"{there}"
-            )
-    return table
+            needed = f"{sum(counts.values())} times"
+            lines.append((stage, needed, f"{len(counts) - there}", f"{there}"))
+    return lines
 
 
 def _costs(rows: list[dict[str, Any]]) -> str:
@@ -223,6 +227,18 @@ def _costs(rows: list[dict[str, Any]]) -> str:
         f"{len(rows)} jobs, {len(missing)} to run: about {seconds / 60:.0f} worker-minutes, up to "
         f"{peak:.1f} GiB a worker (rough, from the model's shapes)."
     )
+
+
+def _print_columns(lines: Sequence[tuple[str, ...]]) -> None:
+    """A header and its rows, aligned and never cut: a pipe has no width."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        _print_line("  ".join(cells).rstrip(), style="bold" if line is lines[0] else "")
+
+
+def _print_line(line: str, *, style: str = "") -> None:
+    console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_rows(storage: Storage, keys: set[str]) -> None:

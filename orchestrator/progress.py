@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
 from jobs.errors import StorageError
@@ -61,16 +62,21 @@ class Progress:
         with suppress(StorageError):
             self.storage.delete(f"progress/{job.key}.json")
         if result.status == "failed":
-            outcome = f"[red]failed ({result.error_kind})[/red]: {result.error}"
+            outcome = f"failed ({result.error_kind}): {result.error}"
         else:
             scores = {(s.weights, s.benchmark): s for s in result.scores}
             last = list(scores.values())[-1]
             outcome = f"{last.benchmark} {last.metric} {last.score:.4g} ({last.weights})"
         seconds = result.facts.get("seconds_total", 0.0)
         count = f"{len(self.results)}/{len(self.jobs)}"
-        self.console.print(
-            f"[{count}] {describe(job)}: {outcome}, {seconds:.0f} s", highlight=False
+        self._print_line(
+            f"[{count}] {describe(job)}: {outcome}, {seconds:.0f} s",
+            style="red" if result.status == "failed" else "",
         )
+
+    def _print_line(self, line: str, *, style: str = "") -> None:
+        """As it stands: brackets in a path are no markup, and a pipe has no width to wrap at."""
+        self.console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
 
     def _watch(self, live: Live | None) -> None:
         while not self._over.wait(REFRESH_S):
@@ -82,14 +88,14 @@ class Progress:
                 if self._told.get(key) != stage:
                     self._told[key] = stage
                     job = describe(self.jobs[key])
-                    self.console.print(f"      {job}: {stage} {_share(beat)}", highlight=False)
+                    self._print_line(f"      {job}: {stage} {_share(beat)}")
 
     def _table(self) -> Table:
         elapsed = time.time() - self.started
         title = f"{len(self.results)} of {len(self.jobs)} jobs done, {elapsed:.0f} s"
         table = Table("job", "stage", "progress", title=title, title_justify="left", box=None)
         for key, beat in self._beats():
-            table.add_row(describe(self.jobs[key]), str(beat["stage"]), _share(beat))
+            table.add_row(escape(describe(self.jobs[key])), str(beat["stage"]), _share(beat))
         return table
 
     def _beats(self) -> Iterator[tuple[str, dict[str, Any]]]:
