@@ -159,9 +159,7 @@ def load_vision(onnx_path: Path) -> Dinov2Model:
         patch_size=PATCH_PX,
         use_mask_token=False,
     )
-    with (
-        tempfile.TemporaryDirectory() as folder
-    ):  # from_pretrained renames keys, load_state_dict not
+    with tempfile.TemporaryDirectory() as folder:  # load_state_dict would not rename the keys
         save_file(state, f"{folder}/model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(folder)
         model, info = Dinov2Model.from_pretrained(folder, output_loading_info=True)
@@ -259,8 +257,8 @@ def join(vision: Dinov2Model, language: LlamaForCausalLM) -> LlavaForConditional
     return model.eval()
 
 
-def load_projector(model: LlavaForConditionalGeneration, path: Path = PROJECTOR) -> None:
-    state = {name: tensor.float() for name, tensor in load_file(path).items()}
+def load_projector(model: LlavaForConditionalGeneration) -> None:
+    state = {name: tensor.float() for name, tensor in load_file(PROJECTOR).items()}
     model.model.multi_modal_projector.load_state_dict(state)
 
 
@@ -281,12 +279,8 @@ def whole(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def assemble(folder: Path, *, language_only: bool = False, trained: bool = True) -> None:
-    """Write the model, or its language tower alone, into `folder`, which must not hold anything.
-
-    Args:
-        trained: put the committed projector in. Only its training starts from a random one.
-    """
+def assemble(folder: Path, *, language_only: bool = False) -> None:
+    """Write the model, or its language tower alone, into `folder`, which must not hold anything."""
     with tempfile.TemporaryDirectory() as downloads, whole(folder) as partial:
         gguf_path = fetch(LANGUAGE, Path(downloads))
         tokenizer = load_tokenizer(gguf_path, image_token=not language_only)
@@ -295,8 +289,7 @@ def assemble(folder: Path, *, language_only: bool = False, trained: bool = True)
             tokenizer.save_pretrained(partial)
         else:
             model = join(load_vision(fetch(VISION, Path(downloads))), model)
-            if trained:
-                load_projector(model)
+            load_projector(model)
             make_processor(tokenizer).save_pretrained(partial)
         model.save_pretrained(partial)
 
@@ -305,10 +298,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m workers.zoo.smol_llava")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--language-only", action="store_true", help="SmolLM2 alone, a causal LM")
-    parser.add_argument("--untrained", action="store_true", help="leave the projector random")
     args = parser.parse_args()
     try:
-        assemble(args.folder, language_only=args.language_only, trained=not args.untrained)
+        assemble(args.folder, language_only=args.language_only)
     except ModelError as error:
         sys.exit(error.message)
     print(f"{args.folder}: {sum(f.stat().st_size for f in args.folder.iterdir()) / 1e6:.0f} MB")

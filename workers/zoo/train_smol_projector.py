@@ -1,6 +1,6 @@
 """Train the projector of smol-llava on easy-VQA, and score the assembled model.
 
-    python -m workers.zoo.smol_llava DIR --untrained
+    python -m workers.zoo.smol_llava DIR
     python -m workers.zoo.train_smol_projector train DIR OUT.safetensors
     python -m workers.zoo.train_smol_projector score DIR
 
@@ -230,9 +230,15 @@ def train(args: argparse.Namespace) -> None:
     mean_V, std_V = features_NPV.mean(dim=(0, 1)), features_NPV.std(dim=(0, 1))
     features_NPV = (features_NPV - mean_V) / std_V
     num_train = len(images) - NUM_HELD_OUT
-    held_out = [r for row in by_image[num_train:] if (r := choose(row, random.Random(0), 2, 2))]
+    same = random.Random(0)
+    held_out = [
+        r for row in by_image[num_train:] if (r := choose(row, same, args.open, args.yes_no))
+    ]
 
     projector = model.model.multi_modal_projector.requires_grad_(True)
+    for linear in (projector.linear_1, projector.linear_2):  # forget what the folder holds
+        nn.init.normal_(linear.weight, std=0.02)
+        nn.init.zeros_(linear.bias)
     target_ND = answer_embeddings(asked, model, processor.tokenizer, len(images))[:num_train]
     left = warm_start(projector, features_NPV, target_ND, steps=600)
     print(f"warm start: {left:.1%} of the variance left", flush=True)
@@ -263,11 +269,11 @@ def train(args: argparse.Namespace) -> None:
             recent = sum(losses[-10:]) / 10
             print(f"{step:5d}  {time.monotonic() - started:6.0f} s  {recent:.4f}", flush=True)
         if step % args.check_every == 0 or step == args.steps:
+            save_projector(projector, mean_V, std_V, args.out)
             with torch.no_grad():
                 image_NPD = projector(features_NPV)
             few = held_out if step == args.steps else held_out[:64]
             print(f"{step:5d}  {held_out_accuracy(model, processor, few, image_NPD)}", flush=True)
-            save_projector(projector, mean_V, std_V, args.out)
 
 
 def save_projector(projector: Any, mean_V: Tensor, std_V: Tensor, path: Path) -> None:
