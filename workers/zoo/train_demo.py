@@ -2,10 +2,10 @@
 
     python -m workers.zoo.train_demo --out DIR --seed 0
 
-Three stages. Plain language-model loss stalls on what the question alone gives away, so the vision
-tower first learns to name shapes and colours, then the projector and the language tower learn to
-answer with the vision tower frozen, then everything learns together. Labels come from the train
-questions and answers only; the test split is read by `evaluate` alone.
+Two stages, because plain language-model loss stalls on what the question alone gives away. The
+vision tower first learns to name shapes and colours; then it is frozen, and the projector and the
+language tower learn to answer, with hints. All labels come from the train questions and answers;
+the test split is read by `evaluate` alone.
 
 Shape letters: B images, K questions packed per image, S tokens of one question and answer,
 T tokens of a packed row, H and W pixels, C colour channels.
@@ -490,28 +490,24 @@ def train_answers(
     model: LlavaForConditionalGeneration,
     redraw: Redraw,
     packed: Packed,
+    hints: Hints,
     stage: Stage,
     log: Log,
-    *,
-    hints: Hints | None = None,
 ) -> None:
-    """Language-model loss on answer tokens and <eos>. With hints, the vision tower is frozen."""
-    model.model.vision_tower.requires_grad_(hints is None)
+    """Language-model loss on answer tokens and <eos>, and the hints; the vision tower is frozen."""
+    model.model.vision_tower.requires_grad_(False)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    trained += [] if hints is None else list(hints.parameters())
 
     def losses_of(chosen: Tensor) -> dict[str, Tensor]:
         questions_BK = packed.draw(chosen)
         inputs = packed.batch(questions_BK)
         inputs["pixel_values"] = redraw(chosen)
         with torch.autocast("cpu", dtype=torch.bfloat16):  # a fifth quicker where there is AMX
-            output = model(**inputs, output_hidden_states=hints is not None)
-            losses = {"answer": output.loss}
-            if hints is not None:
-                losses |= hints(output.hidden_states, inputs["labels"], questions_BK)
-        return losses
+            output = model(**inputs, output_hidden_states=True)
+            parts = hints(output.hidden_states, inputs["labels"], questions_BK)
+        return {"answer": output.loss, **parts}
 
-    optimise(trained, stage, losses_of, log)
+    optimise([*trained, *hints.parameters()], stage, losses_of, log)
     model.model.vision_tower.requires_grad_(True)
 
 
@@ -596,14 +592,12 @@ def main() -> None:
     log(f"{model.num_parameters():,} parameters, {len(processor.tokenizer)} words")
     save(model, processor, out)
 
-    def answers(stage: Stage, hints: Hints | None = None) -> None:
-        train_answers(model, redraw, packed, stage, log, hints=hints)
-
     width = model.config.text_config.hidden_size
     stages: dict[str, Callable[[], None]] = {
         "vision": lambda: train_vision(model, train, redraw, Stage(1200, 32, 1e-3), log),
-        "language": lambda: answers(Stage(700, 12, 1e-3), Hints(train, width)),
-        "joint": lambda: answers(Stage(200, 16, 3e-4)),
+        "language": lambda: train_answers(
+            model, redraw, packed, Hints(train, width), Stage(700, 12, 1e-3), log
+        ),
     }
     for number, (name, run) in enumerate(stages.items(), start=1):
         # A seed of its own: a stage does not depend on whether the one before was run or loaded.
