@@ -239,6 +239,11 @@ def _check_job(job: JobSpec) -> None:
     if job.is_calibrated:
         _check_calibration(job)
     if job.repair is not None:
+        if job.prune is not None and not job.prune.sparsity:
+            raise SpecError(
+                "repair: at sparsity 0 no layer is pruned, and there is nothing to repair. "
+                "Leave it out with exclude: {sparsity: 0, repair: sparse_lora}"
+            )
         _check_repair(job.repair, facts)
 
 

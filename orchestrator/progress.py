@@ -113,9 +113,9 @@ def describe(job: JobSpec) -> str:
     if job.prune is None:
         return f"{job.model.name} dense"
     sparsity = job.prune.sparsity
-    amounts = {f"{value:g}" for value in sparsity.values()}
+    amounts = {f"{value:g}" for value in sparsity.values()} or {"0"}
     where = (
-        f"{'+'.join(sparsity)} {amounts.pop()}"
+        f"{'+'.join(sparsity)} {amounts.pop()}".strip()
         if len(amounts) == 1
         else " ".join(f"{tower} {value:g}" for tower, value in sparsity.items())
     )

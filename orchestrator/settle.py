@@ -85,14 +85,14 @@ def job_columns(job: JobSpec) -> dict[str, Any]:
     if job.prune is None:
         return columns
     asked = job.prune.sparsity
-    values = set(asked.values())
+    values = set(asked.values()) or {0.0}
     return columns | {
         "method": job.prune.method.name,
         "pattern": job.prune.pattern,
         "sparsity": values.pop() if len(values) == 1 else None,
         "sparsity_vision_asked": asked.get("vision"),
         "sparsity_language_asked": asked.get("language"),
-        "towers": "+".join(asked),
+        "towers": "+".join(asked) or None,
         "allocation": "uniform",
         "propagate": job.calibration.propagate if job.is_calibrated else None,
     }

@@ -15,6 +15,7 @@ from jobs.spec import DatasetSpec, JobSpec, ModelSpec
 from jobs.sweep import parse_sweep
 from orchestrator.estimate import estimate
 from orchestrator.plan import make_plan, shared_stages
+from orchestrator.progress import describe
 from tests.families import make_tiny
 from workers.data import Sample, Split, load_dataset
 from workers.keys import StageKeys
@@ -109,6 +110,24 @@ def test_a_pattern_with_a_sparsity_for_each_tower_contradicts_itself() -> None:
 def test_an_unstructured_grid_needs_a_sparsity() -> None:
     with pytest.raises(SpecError, match="`sparsity` is missing, and pattern unstructured needs"):
         planned(grid="{method: wanda}")
+
+
+def test_at_sparsity_0_there_is_nothing_to_repair() -> None:
+    """The first point of a curve, and a law: it changes no bit."""
+    grid = "{method: wanda, sparsity: [0, 0.5]}"
+
+    with pytest.raises(SpecError, match="at sparsity 0 no layer is pruned"):
+        planned(grid=grid, repair=f"[none, {LORA}]")
+
+    jobs = planned(
+        grid=grid, repair=f"[none, {LORA}]", exclude="{sparsity: 0, repair: sparse_lora}"
+    )
+    assert [(sparsity.get("vision"), repaired) for _, _, sparsity, repaired in points(jobs)] == [
+        (None, False),
+        (0.5, False),
+        (0.5, True),
+    ]
+    assert describe(jobs[1]) == "wanda unstructured 0"
 
 
 def test_exclude_leaves_out_what_matches_all_it_names() -> None:

@@ -187,6 +187,15 @@ def test_columns_say_what_was_asked_and_null_where_it_means_nothing() -> None:
     assert other["repair"] == "sparse_lora"
 
 
+def test_a_sparsity_of_0_is_asked_and_not_unknown() -> None:
+    """The plan names no tower then; on the leaderboard it is the first point of a curve."""
+    nothing = PRUNE.model_copy(update={"pattern": "unstructured", "sparsity": {}})
+
+    columns = job_columns(JOB.model_copy(update={"prune": nothing}))
+
+    assert (columns["sparsity"], columns["towers"]) == (0.0, None)
+
+
 def test_a_row_holds_the_job_that_made_it() -> None:
     """To the last setting: reading it back gives a job of the same key."""
     assert JobSpec.model_validate_json(job_columns(JOB)["job"]) == JOB

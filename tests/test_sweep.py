@@ -1,6 +1,7 @@
 """Reading a sweep: the short forms, and for each mistake the line, the place and the remedy."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jobs
-from jobs.methods import MagnitudeSpec, SparseGPTSpec, WandaSpec
+from jobs.methods import MagnitudeSpec, MethodSpec, SparseGPTSpec, WandaSpec
 from jobs.spec import DatasetSpec, RepairSpec
 from jobs.sweep import MAX_FILE_BYTES, SweepError, SweepSpec, parse_sweep, read_sweep
 
@@ -76,7 +77,10 @@ def test_an_unquoted_pattern_is_not_a_time_of_day() -> None:
 
 
 KEYS = "calibration, evaluate, exclude, grid, model, name, repair, resources, seed"
-WANDA_KEYS = "compare, name, reconstruct, reconstruct_damping, reconstruct_iterations"
+METHODS = ", ".join(
+    sorted(method.model_fields["name"].default for method in get_args(get_args(MethodSpec)[0]))
+)
+WANDA_KEYS = ", ".join(sorted(WandaSpec.model_fields))
 DATASETS = "easy-vqa, llava, python-docs, text, vqa"
 FRACTION = "a sparsity is a fraction of zeros, from 0 up to but not 1"
 MISTAKES = {
@@ -91,8 +95,7 @@ MISTAKES = {
     ),
     "method": (
         {"grid": "{method: sparse_gpt, sparsity: 0.5}"},
-        "grid.method: unknown method 'sparse_gpt'. Did you mean 'sparsegpt'? "
-        "Known: dense, magnitude, sparsegpt, wanda",
+        f"grid.method: unknown method 'sparse_gpt'. Did you mean 'sparsegpt'? Known: {METHODS}",
     ),
     "method option": (
         {"grid": "{method: [magnitude, {name: wanda, compar: row}], sparsity: 0.5}"},
