@@ -63,10 +63,11 @@ class SparseGPTSpec(MethodOptions):
     name: Literal["sparsegpt"] = "sparsegpt"
     mode: Literal["improved", "reference"] = "improved"
     """`reference` reproduces the published code: it drops one weight too many per panel, and ties,
-    and damps by the mean of all inputs. It fixes `threshold`, `damping_rule` and `block_size`."""
-    threshold: Literal["panel", "row", "layer"] = "panel"
-    """Who competes when unstructured: all weights of one panel of columns (the paper), the rest of
-    one output feature's row, or the rest of the layer."""
+    and damps by the mean of all inputs. It ignores `budget` and `damping_rule`."""
+    budget: Literal["layer", "panel"] = "layer"
+    """Unstructured: how many weights each panel of columns loses. `panel`: the same fraction (the
+    paper). `layer`: as many as would go if the whole layer were ranked, fewer in the last panels,
+    whose loss no later column makes up for."""
     damping: float = Field(default=0.01, gt=0)
     """Added to the Hessian's diagonal. Where that does not do, 0.1 and 1 are tried."""
     damping_rule: Literal["normalised", "reference"] = "normalised"

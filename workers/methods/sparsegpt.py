@@ -15,6 +15,7 @@ L of a leaf.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Literal
 
 import torch
@@ -58,7 +59,7 @@ def prune_sparsegpt(
     pruned_OI, keep_OI = _walk_panels(trained_OI, factor, sizes, targets, options)
     layers = zip(weights, torch.split(pruned_OI, sizes), torch.split(keep_OI, sizes), strict=True)
     return [
-        Pruned(pruned_OI.to(weight.dtype), keep_OI, damping)
+        Pruned(pruned_OI.to(weight.dtype, copy=True), keep_OI.clone(), damping)
         for weight, pruned_OI, keep_OI in layers
     ]
 
@@ -74,16 +75,16 @@ def _walk_panels(
     above_II = factor.above_II
     pruned_OI = torch.zeros_like(trained_OI, dtype=above_II.dtype)
     """Until its turn, a column holds the sum of D_i R_ij."""
-    scope = "panel" if options.mode == "reference" else options.threshold
+    keep_OI = torch.empty_like(trained_OI, dtype=torch.bool)
     kept, group = targets[0].pattern.kept, targets[0].pattern.group
     num_dropped = group - kept if group and kept else 0
-    if num_dropped or scope == "panel":
-        keep_OI = torch.empty_like(trained_OI, dtype=torch.bool)
-    else:
-        scale_I = torch.cat([inverse_PP.diagonal() for inverse_PP in factor.inverses])
-        keep_OI = _keep_by_first_cost(trained_OI / scale_I, sizes, targets, scope)
+    layers = zip(torch.split(trained_OI, sizes), targets, strict=True)
+    budgets = [
+        [] if num_dropped else _budgets(layer_OI, factor, target, options)
+        for layer_OI, target in layers
+    ]
     start = 0
-    for inverse_PP in factor.inverses:
+    for number, inverse_PP in enumerate(factor.inverses):
         stop = start + len(inverse_PP)
         here, after = slice(start, stop), slice(stop, None)
         # a copy before the transpose: 5 times as fast where a row fills whole cache sets
@@ -93,11 +94,10 @@ def _walk_panels(
         trained_PO = trained_OP.T.contiguous()
         current_PO = torch.addmm(trained_PO, inverse_PP.T, pruned_OI[:, here].T)
         drop_PO = torch.empty_like(current_PO)  # 1 where dropped; a float, to multiply with
-        if not num_dropped and scope == "panel":
+        if not num_dropped:
             saliency_PO = (current_PO / inverse_PP.diagonal()[:, None]).square_()
-            drop_PO.copy_(_drop_in_panel(saliency_PO, start, sizes, targets, options))
-        elif not num_dropped:
-            drop_PO.copy_(keep_OI[:, here].T.logical_not())
+            of_panel = [budget[number] for budget in budgets]
+            drop_PO.copy_(_drop_in_panel(saliency_PO, sizes, of_panel, options.mode))
         dropped_PO = _walk_panel(current_PO, inverse_PP, drop_PO, group or LEAF, num_dropped)
         kept_PO = current_PO.sub_(dropped_PO)
         pruned_OI[:, here] = kept_PO.T
@@ -152,37 +152,36 @@ def _walk_panel(
     return dropped_PO
 
 
-def _keep_by_first_cost(
-    change_OI: Tensor, sizes: list[int], targets: Sequence[Target], scope: Literal["row", "layer"]
-) -> Tensor:
-    """Decide the whole mask before the first step, by what each drop would cost then."""
-    layers = zip(torch.split(change_OI.square(), sizes), targets, strict=True)
-    return torch.cat([keep_mask(layer_OI, target, compare=scope) for layer_OI, target in layers])
+def _budgets(
+    trained_OI: Tensor, factor: Factor, target: Target, options: SparseGPTSpec
+) -> list[int]:
+    """How many weights one layer loses in each panel. They sum to round(sparsity * size).
+
+    But in reference mode a panel's threshold takes one more, and ties.
+    """
+    widths = [len(inverse_PP) for inverse_PP in factor.inverses]
+    per_input = target.sparsity * len(trained_OI)
+    if options.mode == "reference":
+        return [int(len(trained_OI) * width * target.sparsity) + 1 for width in widths]
+    if options.budget == "panel":
+        return [b - a for a, b in pairwise(round(per_input * n) for n in accumulate([0, *widths]))]
+    scale_I = torch.cat([inverse_PP.diagonal() for inverse_PP in factor.inverses])
+    keep_OI = keep_mask((trained_OI / scale_I).square_(), target, compare="layer")
+    return [part_OP.numel() - int(part_OP.sum()) for part_OP in torch.split(keep_OI, widths, dim=1)]
 
 
 def _drop_in_panel(
     saliency_PO: Tensor,
-    num_before: int,
     sizes: list[int],
-    targets: Sequence[Target],
-    options: SparseGPTSpec,
+    budgets: list[int],
+    mode: Literal["improved", "reference"],
 ) -> Tensor:
-    """Threshold each layer's part of a panel. Bool, True is dropped.
-
-    Over all panels (`num_before` inputs were in earlier ones) a layer loses round(sparsity * size)
-    weights; but in the reference's way, one more per panel, and ties.
-    """
+    """Threshold each layer's part of a panel. Bool, True is dropped."""
     drops = []
-    for layer_PO, target in zip(torch.split(saliency_PO, sizes, dim=1), targets, strict=True):
+    for layer_PO, num_dropped in zip(torch.split(saliency_PO, sizes, 1), budgets, strict=True):
         saliency = layer_PO.reshape(1, -1)
-        num_panel, num_outputs = layer_PO.shape
-        if options.mode == "reference":
-            num_dropped = int(saliency.numel() * target.sparsity) + 1
+        if mode == "reference":
             drops.append(layer_PO <= kth_smallest(saliency, num_dropped))
         else:
-            per_input = target.sparsity * num_outputs
-            num_dropped = round(per_input * (num_before + num_panel)) - round(
-                per_input * num_before
-            )
             drops.append(drop_smallest(saliency, num_dropped).reshape(layer_PO.shape))
     return torch.cat(drops, dim=1)
