@@ -157,10 +157,10 @@ def export(
         raise SpecError(f"{len(keys)} jobs with a model have a key that starts with {job!r}")
     if to.exists():
         raise SpecError(f"{to} exists already; name a folder that does not")
-    path = matching["export"].iloc[0].removeprefix(f"{place.url}/")
+    stage, key = matching["export"].iloc[0].split("/")[-2:]  # the storage may have moved since
     to.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".prunefleet-", dir=to.parent) as scratch:
-        fetched = place.fetch_folder(path, Path(scratch) / "fetched")
+        fetched = place.fetch_folder(stage_path(stage, key), Path(scratch) / "fetched")
         shutil.copytree(fetched, Path(scratch) / "model")
         os.replace(Path(scratch) / "model", to)
     _print_line(f"{keys[0]} is in {to}")

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -272,6 +273,16 @@ def test_export_copies_a_model_that_loads(done: Place, tmp_path: Path) -> None:
     copied = to / "model.safetensors"
     stored = next((done.storage / "stages" / "prune").rglob("model.safetensors"))
     assert copied.stat().st_ino != stored.stat().st_ino
+
+
+def test_export_finds_a_model_in_a_storage_that_was_moved(done: Place, tmp_path: Path) -> None:
+    """Fetched from the cluster to a laptop: the row still names the place it was made in."""
+    moved = shutil.copytree(done.storage, tmp_path / "moved")
+
+    ran = prunefleet("export", key_of(done, "wanda"), "--to", tmp_path / "m", "--storage", moved)
+
+    assert ran.code == 0, ran.err
+    assert (tmp_path / "m" / "model.safetensors").is_file()
 
 
 def test_export_refuses_what_is_not_one_model(done: Place, tmp_path: Path) -> None:
