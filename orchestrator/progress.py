@@ -95,7 +95,8 @@ class Progress:
         title = f"{len(self.results)} of {len(self.jobs)} jobs done, {elapsed:.0f} s"
         table = Table("job", "stage", "progress", title=title, title_justify="left", box=None)
         for key, beat in self._beats():
-            table.add_row(escape(describe(self.jobs[key])), str(beat["stage"]), _share(beat))
+            words = (describe(self.jobs[key]), str(beat["stage"]), _share(beat))
+            table.add_row(*map(escape, words))
         return table
 
     def _beats(self) -> Iterator[tuple[str, dict[str, Any]]]:

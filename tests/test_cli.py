@@ -5,17 +5,24 @@ import io
 import json
 import shutil
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from typer.testing import CliRunner
 
+from jobs.storage import Storage
+from jobs.sweep import read_sweep
 from orchestrator import leaderboard
 from orchestrator.cli import app, main
+from orchestrator.plan import make_plan
+from orchestrator.progress import Progress
 from tests.families import make_tiny
+from workers.context import progress_path
 from workers.models import count_sparsity, load_model
 
 SWEEP = """\
@@ -230,7 +237,7 @@ def test_a_row_that_was_deleted_is_made_again_from_its_stages(done: Place) -> No
 
     assert "3 jobs, 2 complete, 1 to run." in ran.out
     assert done.stages() == before
-    assert leaderboard.published_keys(leaderboard.Storage(str(done.storage)))[row] == "complete"
+    assert leaderboard.published_keys(Storage(str(done.storage)))[row] == "complete"
 
 
 def test_leaderboard_answers_a_query(done: Place) -> None:
@@ -347,3 +354,34 @@ def test_a_job_that_fails_is_a_row_with_its_reason_and_stops_no_other(faulty: Pl
     rows = leaderboard.load(str(faulty.storage), "method == 'wanda'")
     assert rows["status"].tolist() == ["complete"] * 2
     assert rows["error"].isna().all()
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_progress_tells_the_stage_of_each_job_that_runs(
+    is_terminal: bool, done: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A live table in a terminal, a line for each new stage in a pipe. Damaged or old is none."""
+    monkeypatch.setattr("orchestrator.progress.REFRESH_S", 0.02)
+    storage = Storage(str(tmp_path))
+    now = time.time()
+    beats = [
+        {"stage": "evaluate [/b]", "done": 3, "total": 8, "time": now},
+        {"stage": "long ago", "done": 3, "total": 8, "time": now - 10_000},
+    ]
+    jobs = make_plan(read_sweep(done.sweep))
+    for job, beat in zip(jobs[1:], beats, strict=True):
+        storage.put(progress_path(job.key), json.dumps(beat).encode())
+    storage.put(progress_path(jobs[0].key), b'{"stage": "ha')
+    out = io.StringIO()
+
+    with Progress(jobs, storage, Console(file=out, force_terminal=is_terminal, width=120)).shown():
+        time.sleep(0.2)
+
+    told = out.getvalue()
+    assert "evaluate [/b]" in told
+    assert "3/8" in told
+    assert "long ago" not in told
+    if not is_terminal:
+        assert told == "      magnitude 2:4 vision+language 0.5: evaluate [/b] 3/8\n"
+    else:
+        assert "0 of 3 jobs done" in told
