@@ -40,7 +40,8 @@ def prune_sparsegpt(
 ) -> list[Pruned]:
     """Prune layers that read one input and have one pattern; thresholds are each layer's own.
 
-    The weights on an input that is always 0 are set to 0 first, so that they cost nothing to drop.
+    Stacking q, k and v of 576 x 576 takes half the time of pruning them one by one. The weights on
+    an input that is always 0 are set to 0 first, so that they cost nothing to drop.
     """
     statistics = need(statistics)
     group = targets[0].pattern.group or 1
@@ -51,7 +52,7 @@ def prune_sparsegpt(
         panel=max(options.block_size - options.block_size % group, group),
         dtype=torch.float64 if weights[0].dtype == torch.float64 else torch.float32,
     )
-    trained_OI = weights[0] if len(weights) == 1 else torch.cat(list(weights))
+    trained_OI = weights[0].contiguous() if len(weights) == 1 else torch.cat(list(weights))
     dead_I = statistics.gram_II.diagonal() == 0
     if dead_I.any():
         trained_OI = trained_OI.masked_fill(dead_I, 0)
@@ -73,8 +74,8 @@ def _walk_panels(
 ) -> tuple[Tensor, Tensor]:
     """The pruned weights, in the factor's type, and the mask."""
     above_II = factor.above_II
+    # until its turn, a column of it holds the sum of D_i R_ij
     pruned_OI = torch.zeros_like(trained_OI, dtype=above_II.dtype)
-    """Until its turn, a column holds the sum of D_i R_ij."""
     keep_OI = torch.empty_like(trained_OI, dtype=torch.bool)
     kept, group = targets[0].pattern.kept, targets[0].pattern.group
     num_dropped = group - kept if group and kept else 0
@@ -88,10 +89,8 @@ def _walk_panels(
         stop = start + len(inverse_PP)
         here, after = slice(start, stop), slice(stop, None)
         # a copy before the transpose: 5 times as fast where a row fills whole cache sets
-        trained_OP = (
-            trained_OI[:, here].clone(memory_format=torch.contiguous_format).to(above_II.dtype)
-        )
-        trained_PO = trained_OP.T.contiguous()
+        trained_OP = trained_OI[:, here].to(above_II.dtype, copy=True)
+        trained_PO = trained_OP.T.clone(memory_format=torch.contiguous_format)
         current_PO = torch.addmm(trained_PO, inverse_PP.T, pruned_OI[:, here].T)
         drop_PO = torch.empty_like(current_PO)  # 1 where dropped; a float, to multiply with
         if not num_dropped:
