@@ -42,6 +42,19 @@ class NumericError(PrunefleetError):
     kind = "numeric"
 
 
+class StarvedError(PrunefleetError):
+    """The cluster has not given what a job needs for too long."""
+
+    kind = "starved"
+
+
+class LostError(PrunefleetError):
+    """A process of ours died: killed, out of memory, or with its node."""
+
+    kind = "lost"
+    retryable = True
+
+
 class StorageError(PrunefleetError):
     """The storage failed or holds something damaged. The next attempt may see it well again."""
 

@@ -17,8 +17,6 @@ from jobs.pattern import Pattern
 Tower = Literal["vision", "language"]
 TOWERS: tuple[Tower, ...] = ("vision", "language")
 
-SHIPPED_DATASETS = ("easy-vqa", "python-docs")
-
 
 class Spec(BaseModel):
     """Frozen; an unknown key is an error, and so is a NaN or an infinity."""
@@ -41,13 +39,16 @@ class ModelSpec(Spec):
     """Branch, tag or commit on the hub."""
     trust_remote_code: bool = False
     """Run Python that comes with the model. Off unless you have read it."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """What to compute in. Default: float32 on a CPU, bfloat16 on a GPU. Solvers use float32."""
     fingerprint: str | None = None
     """Hash of the weights and the config. Filled in by the plan."""
 
 
 class DatasetSpec(Spec):
-    format: Literal["easy-vqa", "python-docs", "llava", "vqa", "text"]
-    """`easy-vqa` and `python-docs` need no download. `llava`: a JSON list of {image,
+    format: Literal["easy-vqa", "easy-vqa-open", "python-docs", "llava", "vqa", "text"]
+    """`easy-vqa` (its part `easy-vqa-open` asks for colours and shapes only, never yes or no) and
+    `python-docs` need no download. `llava`: a JSON list of {image,
     conversations}. `vqa`: a JSON list (or JSON lines) of {image, question, answer}. `text`: a text
     file or a folder of them."""
     path: str | None = None
@@ -206,7 +207,7 @@ def _without_locations(value: Any) -> Any:
     """Replace what says where a model or dataset lies by what it contains (its fingerprint)."""
     if isinstance(value, dict):
         if value.get("fingerprint"):
-            kept = {"fingerprint", "trust_remote_code", "format"} & value.keys()
+            kept = {"fingerprint", "trust_remote_code", "dtype", "format"} & value.keys()
             return {name: value[name] for name in kept}
         return {name: _without_locations(child) for name, child in value.items()}
     if isinstance(value, list):

@@ -11,7 +11,7 @@ from orchestrator.plan import ModelFacts, model_facts
 from workers.keys import StageKeys
 from workers.locate import config_of
 
-CPU_FLOPS = 2e10
+CPU_FLOPS = 6e10
 """Of one core, fp32, in products as small as ours."""
 GPU_FLOPS = 2e14
 START_S = 20.0

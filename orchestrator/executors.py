@@ -5,25 +5,30 @@ matters in the storage. Ray is imported only when it is used.
 """
 
 import os
+import re
 import secrets
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
-from jobs.errors import PrunefleetError, SpecError
+from jobs.errors import LostError, PrunefleetError, SpecError, StarvedError
 from jobs.result import JobResult
 from jobs.spec import JobSpec
 from jobs.storage import Storage
-from orchestrator.settle import settle
+from orchestrator.settle import fail, settle
 from workers.keys import TRAIN_FOLDER
 
 TUNE_FOLDER = "ray/tune"
-TRIAL_CPUS = 0.01
-"""A trial only waits for its Train workers, which reserve their own CPUs."""
+TRIAL_RESOURCES = {"CPU": 0, "memory": 2**28}
+"""A trial only waits for its Train workers, which reserve their own CPUs. A hundredth of a CPU
+would be too much: on two it leaves too little for two workers, and the trial waits for itself."""
+
+STARTS = 4
+"""How often a Train run that gets no workers is tried again, 60 s each."""
 
 RAY_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how often a Train run looks whether it is over
@@ -122,7 +127,7 @@ class RayExecutor:
 
         name = f"{jobs[0].sweep}-{uuid.uuid4().hex[:8]}"
         results = tune.Tuner(
-            tune.with_resources(_trial, {"CPU": TRIAL_CPUS}),
+            tune.with_resources(_trial, TRIAL_RESOURCES),
             param_space={
                 "job": tune.grid_search([job.model_dump(mode="json") for job in jobs]),
                 "storage": storage.url,
@@ -143,11 +148,10 @@ class RayExecutor:
             ),
         ).fit()
         storage.remove_folder(f"{TUNE_FOLDER}/{name}")
-        if results.errors:
-            raise PrunefleetError(
-                f"{len(results.errors)} trials ended without a row; the first says: "
-                f"{results.errors[0]}. Run the sweep again: finished stages are kept"
-            )
+        for outcome in results:
+            if outcome.error is not None:
+                job = by_key[JobSpec.model_validate(outcome.config["job"]).key]
+                on_settled(job, fail(job, storage, LostError.kind, str(outcome.error)))
 
 
 def _trial(config: dict[str, Any]) -> None:
@@ -166,8 +170,8 @@ def _fit(job: JobSpec, storage: Storage, attempt: int) -> JobResult:
     """One attempt at a job as a Ray Train run.
 
     Raises:
-        PrunefleetError: what a worker raised, if it was one of ours.
-        ray.train.TrainingFailedError: a worker died, or Ray could not go on.
+        PrunefleetError: what a worker raised; LostError if one died; StarvedError if none began.
+        Exception: a mistake in our code, as the worker raised it.
     """
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -194,32 +198,35 @@ def _fit(job: JobSpec, storage: Storage, attempt: int) -> JobResult:
             name=name,
             storage_path=f"{storage.url}/{TRAIN_FOLDER}",
             # Retries are ours (settle.py). Ray's default for its controller is to retry for ever.
-            failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=3),
+            failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=STARTS),
         ),
     )
     try:
         result = JobResult.from_mapping(trainer.fit().return_value)
     except ray.train.TrainingFailedError as error:
-        raise _cause(error) from error
+        raise _cause(error, job) from error
     storage.remove_folder(f"{TRAIN_FOLDER}/{name}")
     return result
 
 
-def _cause(error: Exception) -> Exception:
-    """Our own error out of what Ray Train wraps it in; else the error itself."""
-    for failure in getattr(error, "worker_failures", {}).values():
-        for inner in _chain(failure):
-            if isinstance(inner, PrunefleetError):
-                return inner
-    return error
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = (
-            getattr(error, "_base_exc", None) or getattr(error, "cause", None) or error.__cause__
+def _cause(error: Exception, job: JobSpec) -> Exception:
+    """What a worker raised, out of what Ray Train wraps it in; or that one died, or never began."""
+    failures = getattr(error, "worker_failures", {})
+    raised = [getattr(failure, "_base_exc", None) for failure in failures.values()]
+    for inner in raised:
+        if isinstance(inner, PrunefleetError):
+            return inner
+    if "StartupTimeout" in type(getattr(error, "controller_failure", None)).__name__:
+        return StarvedError(
+            f"the cluster did not give {job.num_workers} workers of {job.resources} in "
+            f"{STARTS + 1} tries of 60 s. Is something else using it? Free it or ask for less, "
+            "and run the sweep again"
         )
+    for inner in raised:
+        # A worker whose neighbour died is told so by the collective it waits in.
+        if isinstance(inner, Exception) and not re.search("gloo|nccl", str(inner), re.IGNORECASE):
+            return inner
+    return LostError(f"a worker of the job died: {error}")
 
 
 def _shape(job: JobSpec) -> tuple[Any, ...]:

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jobs.errors import NumericError, PrunefleetError
+from jobs.errors import NumericError, PrunefleetError, StorageError
 from jobs.result import JobResult
 from jobs.spec import JobSpec
 from jobs.storage import Storage
@@ -24,7 +24,10 @@ from orchestrator import leaderboard
 log = logging.getLogger("prunefleet")
 
 MAX_ATTEMPTS = 3
-"""Of a job that was killed, or that storage failed. An error of its own making is final."""
+"""Of a job that lost a worker, or that storage failed. An error of its own making is final."""
+
+PUBLISH_AGAIN_AFTER_S = (1.0, 10.0)
+"""A storage that fails while the row is published, the work all done, gets more patience."""
 
 PACKAGES = ("prunefleet", "torch", "transformers", "ray", "deepspeed", "peft")
 
@@ -44,14 +47,20 @@ def settle(job: JobSpec, storage: Storage, run: Callable[[int], JobResult]) -> J
             result = _failed(job, error.kind, error.message)
             if not error.retryable:
                 break
-        except Exception as error:
+        except Exception as error:  # a mistake of ours: it would be made again
             log.exception("job %s, attempt %d", job.key, attempt)
             result = _failed(job, "unknown", f"{type(error).__name__}: {error}")
+            break
     total = time.time() - started
     computing = result.facts.pop("seconds_computing", 0.0)
     ours = {"attempt": attempt, "seconds_total": total, "seconds_orchestration": total - computing}
     result.facts.update(ours)
     return _published(job, storage, result, ours)
+
+
+def fail(job: JobSpec, storage: Storage, kind: str, message: str) -> JobResult:
+    """Publish that a job failed of what happened around it."""
+    return _published(job, storage, _failed(job, kind, message), {})
 
 
 def _published(
@@ -60,12 +69,23 @@ def _published(
     """Publish a result; one that may not stand on the leaderboard (a NaN) becomes a failure."""
     columns = job_columns(job) | provenance()
     try:
-        leaderboard.publish(storage, columns, result)
+        _publish_patiently(storage, columns, result)
     except (NumericError, ValueError) as error:
         result = _failed(job, "numeric", f"the result cannot be published: {error}")
         result.facts.update(ours)
-        leaderboard.publish(storage, columns, result)
+        _publish_patiently(storage, columns, result)
     return result
+
+
+def _publish_patiently(storage: Storage, columns: dict[str, Any], result: JobResult) -> None:
+    for pause_s in PUBLISH_AGAIN_AFTER_S:
+        try:
+            leaderboard.publish(storage, columns, result)
+            return
+        except StorageError as error:
+            log.warning("publishing %s: %s; again in %g s", result.job_key, error, pause_s)
+            time.sleep(pause_s)
+    leaderboard.publish(storage, columns, result)
 
 
 def _failed(job: JobSpec, kind: str, message: str) -> JobResult:

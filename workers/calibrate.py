@@ -125,7 +125,9 @@ class TowerWalk:
     def _capture(self, model: VisionLanguageModel, tower: Tower, batch: dict[str, Tensor]) -> None:
         inputs = {name: value.to(self.ctx.device) for name, value in batch.items()}
         inputs.pop("labels")
-        if tower == "vision" and "pixel_values" not in inputs:
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+        elif tower == "vision":
             return
 
         def stop(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

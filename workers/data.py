@@ -32,6 +32,9 @@ _BROKEN_IMAGE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 """What Pillow raises. A file that is no image is an OSError, a broken chunk a SyntaxError."""
 
 
+EASY_VQA = ("easy-vqa", "easy-vqa-open")
+
+
 @dataclass(frozen=True)
 class Sample:
     """One image (or none) with a conversation about it, or a stretch of plain text."""
@@ -68,8 +71,8 @@ def load_dataset(spec: DatasetSpec, split: Split) -> list[Sample]:
         DataError: a file that is missing, broken or empty, a record that lacks a field, an image
             that does not exist.
     """
-    if spec.format == "easy-vqa":
-        samples = _easy_vqa(split)
+    if spec.format in EASY_VQA:
+        samples = _easy_vqa(split, open_only=spec.format == "easy-vqa-open")
     elif spec.is_text:
         samples = _split_text(_read_text(spec), split)
     else:
@@ -93,17 +96,20 @@ def evenly_spaced(samples: Sequence[Sample], count: int | None, where: str) -> l
 
 
 def fingerprint_dataset(spec: DatasetSpec) -> str:
-    """Hash of the annotations (or the text), 16 hex digits. Images count by name alone."""
+    """Hash of the annotations (or the text), 16 hex digits. Images count by name and size."""
     if spec.is_text:
         return hashlib.sha256(_read_text(spec).encode()).hexdigest()[:16]
     files = (
         [_easy_vqa_folder() / split / "questions.json" for split in ("train", "test")]
-        if spec.format == "easy-vqa"
+        if spec.format in EASY_VQA
         else [_annotation_file(spec)]
     )
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.read_bytes())
+    if spec.format not in EASY_VQA:
+        for image in sorted({sample.image for sample in _annotations(spec) if sample.image}):
+            digest.update(f"{image.name} {image.stat().st_size}\n".encode())
     return digest.hexdigest()[:16]
 
 
@@ -114,13 +120,14 @@ def _easy_vqa_folder() -> Path:
     return Path(found.origin).parent / "data"
 
 
-def _easy_vqa(split: Split) -> list[Sample]:
+def _easy_vqa(split: Split, *, open_only: bool) -> list[Sample]:
     folder = _easy_vqa_folder() / split
     records = json.loads((folder / "questions.json").read_text())
     images = folder / "images"
     return [
         Sample(image=images / f"{image_id}.png", turns=((question, answer),))
         for question, answer, image_id in records
+        if not (open_only and answer in ("yes", "no"))
     ]
 
 

@@ -87,20 +87,37 @@ def generate(
     spec: BenchmarkSpec,
     ctx: Context,
 ) -> list[str]:
-    """Greedy answers to the samples' last questions, up to the end-of-sequence token."""
+    """Greedy answers to the samples' last questions, up to the end-of-sequence token.
+
+    Raises:
+        NumericError: logits that are NaN or infinite, from which `generate` would still answer.
+    """
     inputs = encoder.prompts(samples)
     prompt_length = inputs["input_ids"].shape[1]
     inputs = {name: value.to(ctx.device) for name, value in inputs.items()}
     if "pixel_values" in inputs:
-        inputs["pixel_values"] = inputs["pixel_values"].to(next(model.module.parameters()).dtype)
+        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     module: Any = model.module
-    tokens = module.generate(
-        **inputs,
-        max_new_tokens=spec.max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        pad_token_id=encoder.pad_id,
-    )
+    all_finite = torch.ones((), dtype=torch.bool, device=ctx.device)
+
+    def watch(head: Any, _: Any, logits: torch.Tensor) -> None:
+        all_finite.logical_and_(logits.isfinite().all())
+
+    watched = module.get_output_embeddings().register_forward_hook(watch)
+    try:
+        tokens = module.generate(
+            **inputs,
+            max_new_tokens=spec.max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=encoder.pad_id,
+        )
+    finally:
+        watched.remove()
+    if not all_finite:
+        raise NumericError(
+            f"{spec.label}: the model's logits are NaN or infinite; look for NaN in its weights"
+        )
     answers: list[str] = encoder.tokenizer.batch_decode(
         tokens[:, prompt_length:], skip_special_tokens=True
     )

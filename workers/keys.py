@@ -35,8 +35,8 @@ class StageKeys:
     @classmethod
     def of(cls, job: JobSpec) -> "StageKeys":
         """Raises AssertionError for a job that the plan has not given its fingerprints."""
-        dense = job.model.fingerprint
-        assert dense is not None
+        assert job.model.fingerprint is not None
+        dense = content_key([job.model.fingerprint, job.model.dtype])
         statistics = _statistics_key(job, dense)
         prune = _prune_key(job, dense, statistics)
         teacher = _teacher_key(job, dense)

@@ -50,6 +50,10 @@ class VisionLanguageModel:
         return self.config.get("image_token_id", self.config.get("image_token_index"))
 
     @property
+    def dtype(self) -> torch.dtype:
+        return next(self.module.parameters()).dtype
+
+    @property
     def towers(self) -> tuple[Tower, ...]:
         """In the order they run."""
         return tuple(self.family.towers)
@@ -79,9 +83,16 @@ class VisionLanguageModel:
 
 
 def load_model(
-    folder: Path, *, device: torch.device, trust_remote_code: bool = False
+    folder: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
 ) -> VisionLanguageModel:
-    """Load a model with stock `from_pretrained`: float32 on CPU, bfloat16 on a GPU.
+    """Load a model with stock `from_pretrained`.
+
+    Args:
+        dtype: default: float32 on a CPU, bfloat16 on a GPU.
 
     Raises:
         ModelError: a folder without config or safetensors, an unknown family, weights that do not
@@ -105,7 +116,7 @@ def load_model(
     try:
         module, report = auto_model.from_pretrained(
             folder,
-            dtype=torch.float32 if device.type == "cpu" else torch.bfloat16,
+            dtype=dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16),
             use_safetensors=True,
             output_loading_info=True,
             **options,

@@ -126,10 +126,9 @@ class _Job:
         def build(folder: Path) -> dict[str, Any]:
             model = self._load(pruned.folder)
             encoder, samples = self._repair_samples(model, spec)
-            masks = load_masks(pruned.folder, list(model.layers()))
             report = repair(
                 model.module,
-                {name: mask.to(self.ctx.device) for name, mask in masks.items()},
+                load_masks(pruned.folder, list(model.layers())),
                 samples,
                 spec,
                 self.ctx,
@@ -205,9 +204,11 @@ class _Job:
 
     def _load(self, folder: Path) -> VisionLanguageModel:
         with self.ctx.timed("load"):
+            dtype = self.job.model.dtype
             return load_model(
                 folder,
                 device=self.ctx.device,
+                dtype=getattr(torch, dtype) if dtype else None,
                 trust_remote_code=self.job.model.trust_remote_code,
             )
 
