@@ -84,16 +84,20 @@ class Encoder:
         Raises:
             ModelError: a chat template that renders a conversation differently once it goes on.
         """
-        image = sample.load_image()
-        whole = self._process([self.render(sample, num_answers=len(sample.turns))], [image])
+        text = self.render(sample, num_answers=len(sample.turns))
+        whole = self._process([text], [sample.load_image()])
         ids = whole["input_ids"][0]
+        unexpanded = self._tokens(text)
+        num_image_tokens = len(ids) - len(unexpanded)  # beyond the placeholder; all in turn one
         labels = torch.full_like(ids, IGNORED_LABEL)
         for index in range(len(sample.turns)):
-            start = self._prefix_length(sample, index, image, ids)
-            end = (
-                len(ids)
-                if index == len(sample.turns) - 1
-                else self._answer_end(sample, index, image)
+            answered = Sample(image=sample.image, turns=sample.turns[: index + 1])
+            start, end = (
+                num_image_tokens + self._prefix_length(prefix, unexpanded)
+                for prefix in (
+                    self.render(sample, num_answers=index),
+                    self.render(answered, num_answers=index + 1),
+                )
             )
             labels[start:end] = ids[start:end]
         single = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
@@ -101,20 +105,19 @@ class Encoder:
             single["pixel_values"] = whole["pixel_values"][0]
         return single
 
-    def _prefix_length(self, sample: Sample, num_answers: int, image: Any, ids: Tensor) -> int:
-        prefix = self._process([self.render(sample, num_answers=num_answers)], [image])
-        length = prefix["input_ids"].shape[1]
-        if not torch.equal(prefix["input_ids"][0], ids[:length]):
+    def _prefix_length(self, prefix: str, whole: list[int]) -> int:
+        tokens = self._tokens(prefix)
+        if tokens != whole[: len(tokens)]:
             raise ModelError(
                 "the model's chat template does not render a question the same way before and "
                 "after its answer, so the answer's tokens cannot be told apart"
             )
-        return int(length)
+        return len(tokens)
 
-    def _answer_end(self, sample: Sample, index: int, image: Any) -> int:
-        answered = Sample(image=sample.image, turns=sample.turns[: index + 1])
-        text = self.render(answered, num_answers=index + 1)
-        return int(self._process([text], [image])["input_ids"].shape[1])
+    def _tokens(self, text: str) -> list[int]:
+        """As `_process` does it, but with an image's placeholder left as it is."""
+        special = not self.has_template
+        return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
 
     def _process(
         self, texts: list[str], images: Sequence[Any], *, padding: bool = False
