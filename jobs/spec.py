@@ -44,6 +44,11 @@ class ModelSpec(Spec):
     fingerprint: str | None = None
     """Hash of the weights and the config. Filled in by the plan."""
 
+    @property
+    def label(self) -> str:
+        """Short name for tables: a folder's own name, a hub name as it is."""
+        return self.name.rstrip("/").rsplit("/", 1)[-1] if self.name[0] in "/.~" else self.name
+
 
 class DatasetSpec(Spec):
     format: Literal["easy-vqa", "easy-vqa-open", "python-docs", "llava", "vqa", "text"]

@@ -112,7 +112,7 @@ class Progress:
 def describe(job: JobSpec) -> str:
     """A job in a few words: `wanda 2:4 vision+language 0.5 + sparse_lora`."""
     if job.prune is None:
-        return f"{job.model.name} dense"
+        return f"{job.model.label} dense"
     sparsity = job.prune.sparsity
     amounts = {f"{value:g}" for value in sparsity.values()} or {"0"}
     where = (

@@ -96,7 +96,7 @@ def job_columns(job: JobSpec) -> dict[str, Any]:
     """The leaderboard columns that follow from a job's settings. Null where they have no effect."""
     columns: dict[str, Any] = {
         "sweep": job.sweep,
-        "model": job.model.name,
+        "model": job.model.label,
         "method": "dense",
         "repair": job.repair.method if job.repair else "none",
         "seed": job.seed,

@@ -1,6 +1,7 @@
 """Reading datasets: each format, its splits, and what is said of a file that is not right."""
 
 import json
+import shutil
 import pydoc_data.topics
 from collections.abc import Callable
 from pathlib import Path
@@ -55,6 +56,9 @@ def test_easy_vqa_is_all_there() -> None:
     assert (len(train), len(test)) == (38_575, 9_673)
     assert train[0].image is not None
     assert train[0].image.is_file()
+    open_questions = load_dataset(DatasetSpec(format="easy-vqa-open"), "test")
+    assert len(open_questions) == 2_537
+    assert not {"yes", "no"} & {sample.turns[0][1] for sample in open_questions}
     image = train[0].load_image()
     assert image is not None
     assert (image.mode, image.size) == ("RGB", (64, 64))
@@ -152,7 +156,9 @@ def test_evenly_spaced_items_are_spread_over_the_whole() -> None:
 
 
 def test_the_fingerprint_is_of_the_content_and_not_of_the_place(folder: Path) -> None:
+    """The same file and images elsewhere are the same data; other images under its names not."""
     (folder / "elsewhere").mkdir()
+    shutil.copy(folder / "red.png", folder / "elsewhere")
     here, there = vqa(folder, QUESTION), vqa(folder / "elsewhere", QUESTION)
     other = vqa(folder / "elsewhere", QUESTION | {"answer": "blue"})
 
@@ -162,6 +168,9 @@ def test_the_fingerprint_is_of_the_content_and_not_of_the_place(folder: Path) ->
 
     vqa(folder / "elsewhere", QUESTION)
     assert fingerprint_dataset(there) == prints[0]
+
+    Image.new("RGB", (80, 80), RED).save(folder / "elsewhere" / "red.png")
+    assert fingerprint_dataset(there) != prints[0]
 
 
 def bad_utf8(folder: Path) -> DatasetSpec:

@@ -18,10 +18,10 @@ SWEEP = """
 name: end-to-end
 model: demo
 calibration: {dataset: easy-vqa, num_samples: 32}
-grid: {method: [magnitude, sparsegpt], pattern: "2:4"}
+grid: {method: [magnitude, sparsegpt], pattern: "1:4"}
 repair:
   - none
-  - {method: sparse_lora, num_steps: 20, batch_size: 32, zero_stage: 2, num_workers: 2}
+  - {method: sparse_lora, num_steps: 20, batch_size: 24, zero_stage: 2, num_workers: 2}
 exclude: [{method: magnitude, repair: sparse_lora}]
 evaluate: {dataset: easy-vqa, num_items: 200, max_new_tokens: 4}
 """
@@ -92,8 +92,8 @@ def _check_results(folder: Path, jobs: pd.DataFrame) -> None:
     assert repaired[f"{score}/repaired"] > plain[f"{score}/pruned"]
     assert repaired["num_workers"] == 2
     for job in (magnitude, plain, repaired):
-        assert job["sparsity_total"] == 0.5
+        assert job["sparsity_total"] == 0.75
         model = AutoModelForImageTextToText.from_pretrained(job["export"])
         block = model.model.language_model.layers[0]
         groups = block.mlp.down_proj.weight.reshape(-1, 4)
-        assert torch.equal((groups == 0).sum(dim=1) >= 2, torch.ones(len(groups)).bool())
+        assert torch.equal((groups == 0).sum(dim=1) >= 3, torch.ones(len(groups)).bool())

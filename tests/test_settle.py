@@ -11,10 +11,12 @@ import pytest
 from jobs import errors
 from jobs.errors import (
     DataError,
+    LostError,
     ModelError,
     NumericError,
     PrunefleetError,
     SpecError,
+    StarvedError,
     StorageError,
 )
 from jobs.methods import WandaSpec
@@ -67,10 +69,6 @@ def storage(tmp_path: Path) -> Storage:
     return Storage(str(tmp_path))
 
 
-class WorkerDiedError(RuntimeError):
-    """As Ray says that a worker was killed: no error of ours."""
-
-
 FAILURES: list[tuple[Exception, int, str, str]] = [
     (SpecError("no such thing"), 1, "spec", "no such thing"),
     (DataError("no such image"), 1, "data", "no such image"),
@@ -78,8 +76,9 @@ FAILURES: list[tuple[Exception, int, str, str]] = [
     (NumericError("a NaN"), 1, "numeric", "a NaN"),
     (PrunefleetError("hm"), 1, "unknown", "hm"),
     (StorageError("disk gone"), MAX_ATTEMPTS, "storage", "disk gone"),
-    (WorkerDiedError("killed"), MAX_ATTEMPTS, "unknown", "WorkerDiedError: killed"),
-    (MemoryError("no room"), MAX_ATTEMPTS, "unknown", "MemoryError: no room"),
+    (LostError("killed"), MAX_ATTEMPTS, "lost", "killed"),
+    (StarvedError("no GPU came"), 1, "starved", "no GPU came"),
+    (KeyError("a mistake of ours"), 1, "unknown", "KeyError: 'a mistake of ours'"),
 ]
 
 
@@ -103,7 +102,7 @@ def test_an_error_is_tried_again_only_where_that_can_help(
     assert math.isnan(row["score"])
 
 
-@pytest.mark.parametrize("lost", [StorageError("disk gone"), WorkerDiedError("killed")])
+@pytest.mark.parametrize("lost", [StorageError("disk gone"), LostError("killed")])
 def test_a_job_that_succeeds_when_tried_again_is_complete(
     lost: Exception, storage: Storage
 ) -> None:

@@ -81,7 +81,7 @@ METHODS = ", ".join(
     sorted(method.model_fields["name"].default for method in get_args(get_args(MethodSpec)[0]))
 )
 WANDA_KEYS = ", ".join(sorted(WandaSpec.model_fields))
-DATASETS = "easy-vqa, llava, python-docs, text, vqa"
+DATASETS = "easy-vqa, easy-vqa-open, llava, python-docs, text, vqa"
 FRACTION = "a sparsity is a fraction of zeros, from 0 up to but not 1"
 MISTAKES = {
     "key": (
