@@ -1,8 +1,8 @@
 """Reading datasets: each format, its splits, and what is said of a file that is not right."""
 
 import json
-import shutil
 import pydoc_data.topics
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
