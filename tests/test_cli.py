@@ -102,7 +102,7 @@ def test_plan_shows_jobs_and_what_they_share(tmp_path: Path, model: Path) -> Non
         ["magnitude", "2:4", "vision+language"],
         ["wanda", "2:4", "vision+language"],
     ]
-    assert jobs[0][1:3] == [str(model), "dense"]
+    assert jobs[0][1:3] == ["tiny", "dense"]
     table = [line.split() for line in lines]
     assert ["prune", "2", "times", "2", "0"] in table
     assert ["evaluate", "5", "times", "3", "0"] in table
@@ -171,7 +171,7 @@ def test_a_shipped_sweep_goes_by_its_name(tmp_path: Path) -> None:
     ran = prunefleet("plan", "quickstart", "--storage", tmp_path / "runs")
 
     assert ran.code == 0
-    assert "sparsegpt 2:4 vision+language 0.5 + sparse_lora" in ran.out
+    assert "sparsegpt 1:4 vision+language 0.75 + sparse_lora" in ran.out
 
 
 @pytest.mark.parametrize("arguments", [["plan"], ["no-such-command"], ["run", "x", "--executor=y"]])
