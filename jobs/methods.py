@@ -22,11 +22,6 @@ class MethodOptions(BaseModel):
     to 0.1 where there are fewer calibration tokens than 4 times the inputs."""
 
     @property
-    def updates_weights(self) -> bool:
-        """Whether kept weights change: then a repair needs the dense model as its teacher."""
-        return self.solves_for_weights or self.reconstruct != "none"
-
-    @property
     def needs_statistics(self) -> bool:
         """Whether calibration has to run."""
         return self.saliency_needs_statistics or self.reconstruct != "none"

@@ -20,7 +20,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from jobs.errors import PrunefleetError, SpecError
+from jobs.errors import PrunefleetError, SpecError, StorageError
 from jobs.spec import JobSpec
 from jobs.storage import Storage
 from jobs.sweep import SweepError, read_sweep
@@ -113,6 +113,11 @@ def run(
         f"{len(jobs)} jobs, {len(jobs) - len(missing)} complete, {len(missing)} to run. "
         f"Storage: {place.url}"
     )
+    if missing and not place.probe_put_if_absent():
+        raise StorageError(
+            f"{place.url}: this storage lets two writers create one file, so results could be "
+            "there twice. Use a local or network disk, S3 or GCS"
+        )
     started = time.time()
     progress = Progress(missing, place, console)
     backend: Executor = InlineExecutor() if executor == "inline" else RayExecutor(address)
@@ -137,8 +142,13 @@ def leaderboard(
         str | None, typer.Argument(help="A pandas query, such as \"method == 'wanda'\".")
     ] = None,
     storage: StorageOption = "runs",
+    compact: Annotated[
+        bool, typer.Option("--compact", help="First make thousands of results fast to read.")
+    ] = False,
 ) -> None:
     """Print the leaderboard, or the part of it that a pandas query picks."""
+    if compact:
+        board.compact(Storage(storage))
     print_leaderboard(board.load(Storage(storage), query), console)
 
 
