@@ -92,13 +92,13 @@ def test_text_and_visual_tokens_are_counted_apart_and_padding_not_at_all(
 ) -> None:
     """16 patches an image; the prompts have different lengths, so one batch is padded."""
     model = load_model(make_tiny("llava-clip", tmp_path / "m"), device=CPU)
-    batches = calibration_batches(model, calibration("llava-clip", 6), 0, ctx)
+    batches = calibration_batches(model, calibration("llava-clip", 24), 0, ctx)
 
     tap = TowerWalk(model, "language", batches, ctx).statistics()[0]
 
     num_tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
-    assert tap.statistics["visual"].num_tokens == 6 * 16
-    assert tap.statistics["text"].num_tokens == num_tokens - 6 * 16
+    assert tap.statistics["visual"].num_tokens == 24 * 16
+    assert tap.statistics["text"].num_tokens == num_tokens - 24 * 16
 
 
 def test_calibration_sees_the_pruned_blocks_before_it(tmp_path: Path, ctx: Context) -> None:
