@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
+from jobs.allocation import AllocationSpec, UniformSpec
 from jobs.methods import MethodSpec
 from jobs.pattern import Pattern
 
@@ -97,6 +98,8 @@ class PruneSpec(Spec):
     """`unstructured`, or `N:M`: N weights kept of every M consecutive inputs."""
     sparsity: dict[Tower, Fraction]
     """Fraction of zeros asked of each tower's layers. A tower not named keeps its weights."""
+    allocation: AllocationSpec = UniformSpec()
+    """How a tower's zeros are shared out among its layers."""
 
     @field_validator("pattern")
     @classmethod
@@ -189,8 +192,19 @@ class JobSpec(Spec):
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether the job's method looks at data at all: the dense model and magnitude do not."""
-        return self.prune is not None and self.prune.method.needs_statistics
+        """Whether pruning looks at data at all: the dense model and uniform magnitude do not."""
+        return self.prune is not None and (
+            self.prune.method.needs_statistics or self.prune.allocation.needs_data
+        )
+
+    @property
+    def solves_from_statistics(self) -> bool:
+        """Whether the method prunes by the dense model's statistics, computed once for the grid."""
+        return (
+            self.prune is not None
+            and self.prune.method.needs_statistics
+            and self.calibration.propagate == "dense"
+        )
 
     @property
     def num_workers(self) -> int:

@@ -25,6 +25,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from jobs.allocation import AllocationSpec, UniformSpec
 from jobs.errors import SpecError
 from jobs.methods import MethodSpec
 from jobs.pattern import Pattern
@@ -107,6 +108,13 @@ class GridSpec(Spec):
     that name a sparsity each."""
     towers: Annotated[list[Towers], BeforeValidator(_as_list), Field(min_length=1)] = ["all"]
     """`all`, `vision`, `language`, or a sparsity each: `{vision: 0.4, language: 0.6}`."""
+    allocation: Annotated[
+        list[Annotated[AllocationSpec, BeforeValidator(_named)]],
+        BeforeValidator(_as_list),
+        Field(min_length=1),
+    ] = [UniformSpec()]
+    """How a tower's zeros are shared out among its layers: `uniform`, `owl`, or with options
+    `{name: atp, slope: 0.01}`. Anything but uniform needs the pattern unstructured."""
 
 
 class ExcludeSpec(Spec):
@@ -116,6 +124,7 @@ class ExcludeSpec(Spec):
     pattern: str | None = None
     sparsity: Sparsity | None = None
     towers: Towers | None = None
+    allocation: str | None = None
     repair: Literal["none", "sparse_lora"] | None = None
 
     @model_validator(mode="after")
@@ -308,9 +317,12 @@ def _explain(error: ErrorDetails) -> str:
         return f"the key {name!r} is missing"
     if kind == "union_tag_invalid":
         known = [tag.strip(" '") for tag in str(context["expected_tags"]).split(",")]
-        return f"unknown method {str(context['tag'])!r}{_suggest(str(context['tag']), known)}"
+        tag = str(context["tag"])
+        return f"unknown {_axis(error['loc'])} {tag!r}{_suggest(tag, known)}"
     if kind == "union_tag_not_found":
-        return f"got {shown}; a method is a name, or a mapping with `name` and its options"
+        axis = _axis(error["loc"])
+        article = "an" if axis[0] in "aeiou" else "a"
+        return f"got {shown}; {article} {axis} is a name, or a mapping with `name` and its options"
     if kind == "literal_error":
         known = [
             tag.strip(" '") for tag in str(context["expected"]).replace(" or ", ",").split(",")
@@ -321,6 +333,11 @@ def _explain(error: ErrorDetails) -> str:
     if kind == "value_error":
         return f"{context['error']}"
     return f"got {shown}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _axis(loc: Sequence[int | str]) -> str:
+    """The setting that a location is in, of those that are chosen by name."""
+    return next(str(step) for step in reversed(loc) if step in ("method", "allocation"))
 
 
 def _suggest(word: str, known: Sequence[str]) -> str:
@@ -337,7 +354,7 @@ def _known_keys(loc: Sequence[int | str]) -> list[str]:
         if step in fields:
             model = next(iter(_models_in(fields[step].annotation)), None)
         elif isinstance(step, str):
-            tagged = [m for m in _METHODS if m.model_fields["name"].default == step]
+            tagged = [m for m in _NAMED if m.model_fields["name"].default == step]
             model = tagged[0] if tagged else model
     return sorted(getattr(model, "model_fields", {}))
 
@@ -349,4 +366,4 @@ def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from _models_in(argument)
 
 
-_METHODS: list[Any] = list(_models_in(MethodSpec))
+_NAMED: list[Any] = [*_models_in(MethodSpec), *_models_in(AllocationSpec)]

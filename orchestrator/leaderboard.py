@@ -84,6 +84,7 @@ _FACTS = {
     "seed": pa.int64(),
     "seconds_load": pa.float64(),
     "seconds_calibrate": pa.float64(),
+    "seconds_allocate": pa.float64(),
     "seconds_prune": pa.float64(),
     "seconds_repair": pa.float64(),
     "seconds_evaluate": pa.float64(),

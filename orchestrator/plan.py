@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from jobs.allocation import AllocationSpec, UniformSpec
 from jobs.errors import DataError, ModelError, SpecError
 from jobs.methods import DenseSpec, MethodSpec
 from jobs.pattern import Pattern
@@ -101,21 +102,25 @@ def _prune_specs(
     facts: ModelFacts,
     used_excludes: set[int],
 ) -> Iterator[PruneSpec]:
-    for method, pattern, towers in itertools.product(grid.method, grid.pattern, grid.towers):
+    for method, pattern, towers, allocation in itertools.product(
+        grid.method, grid.pattern, grid.towers, grid.allocation
+    ):
         if isinstance(method, DenseSpec):
             continue  # there already: the dense model is a job of every sweep
         for sparsity in _sparsities(grid, pattern, towers):
             matching = {
                 number
                 for number, exclude in enumerate(excludes)
-                if _matches(exclude, method, pattern, towers, sparsity, repair)
+                if _matches(exclude, method, pattern, towers, allocation, sparsity, repair)
             }
             used_excludes |= matching
             if not matching:
+                by_tower = _by_tower(pattern, towers, sparsity, facts)
                 yield PruneSpec(
                     method=method,
                     pattern=pattern,
-                    sparsity=_by_tower(pattern, towers, sparsity, facts),
+                    sparsity=by_tower,
+                    allocation=_checked(allocation, pattern) if by_tower else UniformSpec(),
                 )
 
 
@@ -154,11 +159,22 @@ def _by_tower(
     return {tower: asked[tower] for tower in TOWERS if asked.get(tower)}
 
 
+def _checked(allocation: AllocationSpec, pattern: str) -> AllocationSpec:
+    if Pattern.parse(pattern).sparsity is None or isinstance(allocation, UniformSpec):
+        return allocation
+    raise SpecError(
+        f"grid: pattern {pattern} with allocation {allocation.name}: the pattern gives every layer "
+        "the same sparsity. Put the pattern in a grid of its own, or exclude the pair: "
+        f"{{pattern: '{pattern}', allocation: {allocation.name}}}"
+    )
+
+
 def _matches(
     exclude: ExcludeSpec,
     method: MethodSpec,
     pattern: str,
     towers: Towers,
+    allocation: AllocationSpec,
     sparsity: float | None,
     repair: RepairSpec | None,
 ) -> bool:
@@ -166,6 +182,7 @@ def _matches(
         "method": method.name,
         "pattern": pattern,
         "towers": towers,
+        "allocation": allocation.name,
         "sparsity": sparsity,
         "repair": repair.method if repair else "none",
     }

@@ -121,7 +121,8 @@ def describe(job: JobSpec) -> str:
         else " ".join(f"{tower} {value:g}" for tower, value in sparsity.items())
     )
     repair = f" + {job.repair.method}" if job.repair else ""
-    return f"{job.prune.method.name} {job.prune.pattern} {where}{repair}"
+    allocation = "" if job.prune.allocation.name == "uniform" else f" {job.prune.allocation.name}"
+    return f"{job.prune.method.name} {job.prune.pattern} {where}{allocation}{repair}"
 
 
 def _share(beat: dict[str, Any]) -> str:

@@ -113,8 +113,8 @@ def job_columns(job: JobSpec) -> dict[str, Any]:
         "sparsity_vision_asked": asked.get("vision"),
         "sparsity_language_asked": asked.get("language"),
         "towers": "+".join(asked) or None,
-        "allocation": "uniform",
-        "propagate": job.calibration.propagate if job.is_calibrated else None,
+        "allocation": job.prune.allocation.name,
+        "propagate": job.calibration.propagate if job.prune.method.needs_statistics else None,
     }
 
 

@@ -13,11 +13,21 @@ from rich.console import Console
 
 from jobs.result import Weights
 
-JOB_COLUMNS = ("model", "method", "pattern", "propagate", "vision", "language", "repair", "seed")
+JOB_COLUMNS = (
+    "model",
+    "method",
+    "pattern",
+    "allocation",
+    "propagate",
+    "vision",
+    "language",
+    "repair",
+    "seed",
+)
 """What tells jobs apart. A column in which all agree is said once, above the table."""
 
 Row = dict[Hashable, Any]
-SORT_BY = ["model", "sparsity", "pattern", "method", "repair", "seed"]
+SORT_BY = ["model", "sparsity", "pattern", "method", "allocation", "repair", "seed"]
 
 
 def print_leaderboard(frame: pd.DataFrame, console: Console) -> None:
@@ -72,6 +82,7 @@ def _cells(rows: list[Row]) -> dict[str, str]:
         "model": _text(job["model"]),
         "method": _text(job["method"]),
         "pattern": _text(job["pattern"]),
+        "allocation": _text(job["allocation"]),
         "propagate": _text(job["propagate"]),
         "vision": _sparsity(job["sparsity_vision_asked"], job["sparsity_vision"]),
         "language": _sparsity(job["sparsity_language_asked"], job["sparsity_language"]),

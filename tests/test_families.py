@@ -116,9 +116,10 @@ def test_calibration_sees_the_pruned_blocks_before_it(tmp_path: Path, ctx: Conte
     first.load_state_dict(model.blocks("language")[0].state_dict())
     walk = TowerWalk(by_hand, "language", batches, ctx)
     walk.advance()
-    from workers.prune import prune_taps
+    from workers.prune import prune_taps, uniform_sparsity
 
-    prune_taps(walk.statistics(), spec, settings, ctx)
+    sparsity = uniform_sparsity(by_hand, spec)
+    prune_taps(walk.statistics(), spec, settings, ctx, sparsity=sparsity)
     for name, weight in second.state_dict().items():
         assert torch.equal(weight, model.blocks("language")[1].state_dict()[name])
 

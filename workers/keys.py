@@ -7,10 +7,18 @@ two jobs whose keys agree share the output.
 from dataclasses import dataclass
 from typing import Any
 
+from jobs.allocation import UniformSpec
 from jobs.result import Weights
 from jobs.spec import JobSpec, content_key, settings_of
 
-CODE_EPOCHS = {"statistics": 1, "prune": 1, "teacher": 1, "repair": 1, "evaluate": 1}
+CODE_EPOCHS = {
+    "statistics": 1,
+    "allocate": 1,
+    "prune": 2,
+    "teacher": 1,
+    "repair": 1,
+    "evaluate": 1,
+}
 """Raise a stage's number by hand when its results change: old outputs are then not reused."""
 
 STAGES = tuple(CODE_EPOCHS)
@@ -25,6 +33,8 @@ class StageKeys:
 
     statistics: str | None
     """Of the dense model, shared by every method, sparsity, pattern and mix of modalities."""
+    allocate: str | None
+    """How sparse each layer is to be. None where all of a tower get the tower's sparsity."""
     prune: str | None
     teacher: str | None
     """The dense model's answers on the repair data, shared by every pruned model."""
@@ -38,7 +48,8 @@ class StageKeys:
         assert job.model.fingerprint is not None
         dense = content_key([job.model.fingerprint, job.model.dtype])
         statistics = _statistics_key(job, dense)
-        prune = _prune_key(job, dense, statistics)
+        allocate = _allocate_key(job, dense, statistics)
+        prune = _prune_key(job, dense, statistics, allocate)
         teacher = _teacher_key(job, dense)
         repair = None
         if job.repair is not None and prune is not None:
@@ -51,13 +62,12 @@ class StageKeys:
             if key is not None
             for spec in job.evaluate
         }
-        return cls(statistics, prune, teacher, repair, evaluate)
+        return cls(statistics, allocate, prune, teacher, repair, evaluate)
 
     def all(self) -> list[tuple[str, str]]:
         """(stage, key) of every stage of the job, in the order they run."""
-        single = [
-            (name, getattr(self, name)) for name in ("statistics", "prune", "teacher", "repair")
-        ]
+        names = ("statistics", "allocate", "prune", "teacher", "repair")
+        single = [(name, getattr(self, name)) for name in names]
         return [pair for pair in single if pair[1]] + [
             ("evaluate", key) for key in self.evaluate.values()
         ]
@@ -69,19 +79,34 @@ def stage_path(name: str, key: str) -> str:
 
 
 def _statistics_key(job: JobSpec, dense: str) -> str | None:
-    if not job.is_calibrated or job.calibration.propagate != "dense":
+    if job.prune is None:
         return None
-    unmixed = job.calibration.model_copy(update={"visual_weight": 1.0})
+    if not (job.solves_from_statistics or job.prune.allocation.needs_statistics):
+        return None
+    unmixed = job.calibration.model_copy(update={"visual_weight": 1.0, "propagate": "dense"})
     return _key("statistics", {"calibration": settings_of(unmixed), "seed": job.seed}, dense)
 
 
-def _prune_key(job: JobSpec, dense: str, statistics: str | None) -> str | None:
+def _allocate_key(job: JobSpec, dense: str, statistics: str | None) -> str | None:
+    """Free of the method, so that all methods share an allocation."""
+    if job.prune is None or isinstance(job.prune.allocation, UniformSpec):
+        return None
+    asked = {name: settings_of(job.prune)[name] for name in ("allocation", "sparsity")}
+    looked_at = job.calibration.model_copy(update={"propagate": "dense"})
+    settings = asked | {"calibration": settings_of(looked_at), "seed": job.seed}
+    return _key("allocate", settings, dense, statistics)
+
+
+def _prune_key(
+    job: JobSpec, dense: str, statistics: str | None, allocate: str | None
+) -> str | None:
     if job.prune is None:
         return None
     settings: dict[str, Any] = {"prune": settings_of(job.prune)}
+    del settings["prune"]["allocation"]  # it acts through its stage
     if job.is_calibrated:
         settings |= {"calibration": settings_of(job.calibration), "seed": job.seed}
-    return _key("prune", settings, dense, statistics)
+    return _key("prune", settings, dense, statistics, allocate)
 
 
 def _teacher_key(job: JobSpec, dense: str) -> str | None:

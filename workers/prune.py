@@ -4,7 +4,7 @@ Shape letters: O output features, I input features.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -36,8 +36,10 @@ class LayerReport:
 
     name: str
     tower: Tower
+    asked: float
+    """Fraction of weights that was to be dropped."""
     sparsity: float
-    """Fraction of weights dropped."""
+    """Fraction that was dropped: whole weights of each row, or of the layer."""
     layer_error: float | None
     """|X dW^T|^2 / |X W^T|^2 on the calibration inputs; null without statistics."""
     damping: float | None
@@ -65,14 +67,19 @@ def prune_sequentially(
     ctx: Context,
     *,
     key: str,
+    sparsity: Mapping[str, float] | None = None,
 ) -> tuple[dict[str, Tensor], list[LayerReport]]:
     """Prune in place, each block calibrated on activations that passed the pruned ones before it.
+
+    Args:
+        sparsity: by layer name; default: each layer its tower's, as `spec` says.
 
     Every finished block is kept under the stage's `key`; the next attempt takes it up from there.
 
     Returns:
         The masks (bool, (O, I), True is kept) by layer name, and a report per layer.
     """
+    sparsity = sparsity or uniform_sparsity(model, spec)
     finished = _FinishedBlocks(ctx, key)
     needs_statistics = spec.method.needs_statistics
     masks: dict[str, Tensor] = {}
@@ -87,7 +94,7 @@ def prune_sequentially(
             if restored is None:
                 with ctx.timed("calibrate"):
                     taps = walk.statistics() if walk else [Tap((layer,), {}) for layer in layers]
-                restored = prune_taps(taps, spec, calibration, ctx)
+                restored = prune_taps(taps, spec, calibration, ctx, sparsity=sparsity)
                 finished.keep(tower, index, layers, restored)
                 crash_point(f"prune-{tower}-{index}")
             masks |= restored[0]
@@ -105,15 +112,22 @@ def prune_from_statistics(
     calibration: CalibrationSpec,
     statistics_folder: Path,
     ctx: Context,
+    *,
+    sparsity: Mapping[str, float] | None = None,
 ) -> tuple[dict[str, Tensor], list[LayerReport]]:
-    """Prune in place from the dense model's statistics: a solve per layer, no forward pass."""
+    """Prune in place from the dense model's statistics: a solve per layer, no forward pass.
+
+    Args:
+        sparsity: by layer name; default: each layer its tower's, as `spec` says.
+    """
+    sparsity = sparsity or uniform_sparsity(model, spec)
     masks: dict[str, Tensor] = {}
     reports: list[LayerReport] = []
     for tower in _towers(model, spec):
         for index in range(len(model.blocks(tower))):
             layers = {layer.name: layer for layer in model.layers(tower) if layer.block == index}
-            taps = load_taps(statistics_folder / f"{tower}-{index:03d}.safetensors", layers, ctx)
-            block_masks, block_reports = prune_taps(taps, spec, calibration, ctx)
+            taps = load_taps(statistics_file(statistics_folder, tower, index), layers, ctx)
+            block_masks, block_reports = prune_taps(taps, spec, calibration, ctx, sparsity=sparsity)
             masks |= block_masks
             reports += block_reports
             ctx.progress("prune", index + 1, len(model.blocks(tower)))
@@ -129,8 +143,13 @@ def collect_dense_statistics(
         for index in range(len(walk.blocks)):
             taps = walk.statistics(advance=True)
             if ctx.rank == 0:
-                save_taps(taps, folder / f"{tower}-{index:03d}.safetensors")
+                save_taps(taps, statistics_file(folder, tower, index))
             ctx.progress(f"calibrate {tower}", index + 1, len(walk.blocks))
+
+
+def statistics_file(folder: Path, tower: Tower, index: int) -> Path:
+    """Where a block's statistics lie in the folder of the dense model's."""
+    return folder / f"{tower}-{index:03d}.safetensors"
 
 
 def save_taps(taps: Sequence[Tap], file: Path) -> None:
@@ -162,8 +181,20 @@ def load_taps(file: Path, layers: dict[str, Layer], ctx: Context) -> list[Tap]:
     return taps
 
 
+def uniform_sparsity(model: VisionLanguageModel, spec: PruneSpec) -> dict[str, float]:
+    """Every layer of a pruned tower gets the tower's sparsity."""
+    return {
+        layer.name: spec.sparsity[tower] for tower in spec.sparsity for layer in model.layers(tower)
+    }
+
+
 def prune_taps(
-    taps: Sequence[Tap], spec: PruneSpec, calibration: CalibrationSpec, ctx: Context
+    taps: Sequence[Tap],
+    spec: PruneSpec,
+    calibration: CalibrationSpec,
+    ctx: Context,
+    *,
+    sparsity: Mapping[str, float],
 ) -> tuple[dict[str, Tensor], list[LayerReport]]:
     """Prune the layers of one block in place. Workers share the taps out among themselves."""
     masks: dict[str, Tensor] = {}
@@ -171,7 +202,7 @@ def prune_taps(
     for number, tap in enumerate(taps):
         owner = number % ctx.world
         if ctx.rank == owner:
-            solved = _prune_tap(tap, spec, calibration)
+            solved = _prune_tap(tap, spec, calibration, sparsity)
         else:
             solved = {
                 layer.name: (torch.empty_like(layer.linear.weight, dtype=torch.bool), None)
@@ -194,14 +225,14 @@ def prune_taps(
 
 
 def _prune_tap(
-    tap: Tap, spec: PruneSpec, calibration: CalibrationSpec
+    tap: Tap, spec: PruneSpec, calibration: CalibrationSpec, sparsity: Mapping[str, float]
 ) -> dict[str, tuple[Tensor, LayerReport | None]]:
     statistics = tap.mixed(calibration.visual_weight)
-    target = Target(spec.sparsity[tap.layers[0].tower], Pattern.parse(spec.pattern))
+    pattern = Pattern.parse(spec.pattern)
     pruned = prune_shared(
         [layer.linear.weight.data for layer in tap.layers],
         statistics,
-        target,
+        [Target(sparsity[layer.name], pattern) for layer in tap.layers],
         spec.method,
         where=tap.layers[0].name,
     )
@@ -211,6 +242,7 @@ def _prune_tap(
         report = LayerReport(
             name=layer.name,
             tower=layer.tower,
+            asked=sparsity[layer.name],
             sparsity=1 - int(result.keep_OI.count_nonzero()) / result.keep_OI.numel(),
             layer_error=_layer_error(before_OI, result.weight_OI, statistics),
             damping=result.damping_used,

@@ -1,9 +1,10 @@
-"""One job, start to finish: load, calibrate, prune, repair, evaluate, export. Read this file first.
+"""One job: load, calibrate, allocate, prune, repair, evaluate, export. Read this file first.
 
 Each stage's output lies in the storage under a key that hashes everything which can change it, so
 a grid computes what its jobs share once, and a job that was killed goes on where it was.
 
-    statistics   of the dense model's inputs; only where calibration propagates dense activations
+    statistics   of the dense model's inputs; only where the method or the allocation reads them
+    allocate     how sparse each layer is to be; only where that differs within a tower
     prune        a model folder with zeros, masks, a report per layer: exported as it stands
     teacher      the dense model's answers on the repair data; only where the repair distils
     repair       a model folder again, with the same zeros
@@ -22,11 +23,12 @@ import torch
 
 from jobs.result import JobResult, Score, Weights
 from jobs.spec import BenchmarkSpec, JobSpec, PruneSpec, RepairSpec
+from workers.allocate import Question, allocate, load_allocation, save_allocation
 from workers.calibrate import calibration_batches
 from workers.context import Context
 from workers.encode import Encoded, Encoder
 from workers.evaluate import SCORE_FIELDS, evaluate
-from workers.keys import StageKeys
+from workers.keys import STAGES, StageKeys
 from workers.locate import locate
 from workers.models import VisionLanguageModel, count_sparsity, load_model, save_model
 from workers.prune import (
@@ -81,18 +83,20 @@ class _Job:
     def _prune(self, spec: PruneSpec) -> Stage:
         calibration, key = self.job.calibration, _there(self.keys.prune)
         statistics = self._statistics() if self.keys.statistics else None
+        allocated = self._allocate(spec, statistics) if self.keys.allocate else None
 
         def build(folder: Path) -> dict[str, Any]:
             model = self._load(self.folder)
             check_shapes(model, spec)
-            if statistics is None:
-                batches = self._batches(model) if spec.method.needs_statistics else []
-                masks, reports = prune_sequentially(
-                    model, spec, calibration, batches, self.ctx, key=key
+            sparsity = load_allocation(allocated.folder, model) if allocated else None
+            if statistics is not None and self.job.solves_from_statistics:
+                masks, reports = prune_from_statistics(
+                    model, spec, calibration, statistics.folder, self.ctx, sparsity=sparsity
                 )
             else:
-                masks, reports = prune_from_statistics(
-                    model, spec, calibration, statistics.folder, self.ctx
+                batches = self._batches(model) if spec.method.needs_statistics else []
+                masks, reports = prune_sequentially(
+                    model, spec, calibration, batches, self.ctx, key=key, sparsity=sparsity
                 )
             if self.ctx.rank == 0:
                 with self.ctx.timed("export"):
@@ -101,6 +105,31 @@ class _Job:
             return {"layers": [asdict(report) for report in reports]}
 
         return self._run("prune", key, build)
+
+    def _allocate(self, spec: PruneSpec, statistics: Stage | None) -> Stage:
+        """Each layer's sparsity, by the dense model: one for all methods."""
+        key = _there(self.keys.allocate)
+
+        def build(folder: Path) -> dict[str, Any]:
+            model = self._load(self.folder)
+            check_shapes(model, spec)
+            question = Question(
+                model=model,
+                spec=spec,
+                calibration=self.job.calibration,
+                batches=self._batches(model),
+                statistics=statistics.folder if statistics else None,
+                seed=self.job.seed,
+                ctx=self.ctx,
+                key=key,
+                folder=folder,
+            )
+            answer = allocate(question)
+            if self.ctx.rank == 0:
+                save_allocation(answer, spec, folder)
+            return {}
+
+        return self._run("allocate", key, build)
 
     def _statistics(self) -> Stage:
         """The dense model's statistics: one for all jobs, whatever modality mix they want."""
@@ -242,14 +271,14 @@ def _facts_of_pruning(pruned: Stage) -> dict[str, Any]:
 def _costs(stages: list[Stage]) -> dict[str, Any]:
     """What each activity took when its stage was built, and what this attempt built itself."""
     parts = {"load": 0.0, "calibrate": 0.0, "export": 0.0}
-    own = {"statistics": 0.0, "prune": 0.0, "teacher": 0.0, "repair": 0.0, "evaluate": 0.0}
+    own = dict.fromkeys(STAGES, 0.0)
     for stage in stages:
         rest = stage.seconds["total"]
         for part in parts:
             parts[part] += stage.seconds.get(part, 0.0)
             rest -= stage.seconds.get(part, 0.0)
         own[stage.name] += rest
-    seconds = parts | {name: own[name] for name in ("prune", "evaluate")}
+    seconds = parts | {name: own[name] for name in ("allocate", "prune", "evaluate")}
     seconds["repair"] = own["repair"] + own["teacher"]
     seconds["calibrate"] += own["statistics"]
     return {
