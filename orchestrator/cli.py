@@ -1,4 +1,4 @@
-"""The command line: `prunefleet plan | run | leaderboard | export`.
+"""The command line: `prunefleet plan | run | submit | status | leaderboard | export | …`.
 
 Exit codes: 0 all jobs complete; 2 a mistake in what was asked, nothing was started; 3 some jobs
 failed, each with its reason on the leaderboard.
@@ -11,8 +11,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from enum import StrEnum
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,12 +23,25 @@ from rich.markup import escape
 from jobs.errors import PrunefleetError, SpecError, StorageError
 from jobs.spec import JobSpec
 from jobs.storage import Storage
-from jobs.sweep import SweepError, read_sweep
+from orchestrator import doctor as physician
 from orchestrator import leaderboard as board
 from orchestrator.estimate import estimate
 from orchestrator.executors import Executor, InlineExecutor, RayExecutor
-from orchestrator.plan import make_plan, shared_stages
-from orchestrator.progress import Progress, describe
+from orchestrator.plan import shared_stages
+from orchestrator.progress import STALE_S, Progress, describe
+from orchestrator.resolved import find_sweep, jobs_of, known_sweeps, write_resolved
+from orchestrator.status import JobStatus, ago, exit_code, summary, sweep_status
+from orchestrator.submit import (
+    RayJobs,
+    Submission,
+    check_address,
+    clear_text_warning,
+    find_token,
+    is_loopback,
+    parse_resources,
+    shared_storage,
+    start,
+)
 from orchestrator.tables import print_leaderboard
 from workers.keys import STAGES, StageKeys, stage_path
 
@@ -48,6 +61,15 @@ StorageOption = Annotated[
 ]
 
 
+ClusterOption = Annotated[
+    str,
+    typer.Option(
+        help="URL of the cluster's dashboard, such as http://127.0.0.1:8265.",
+        envvar=["RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"],
+    ),
+]
+
+
 class ExecutorName(StrEnum):
     ray = "ray"
     inline = "inline"
@@ -58,7 +80,7 @@ def main() -> None:
     try:
         app()
     except PrunefleetError as error:
-        errors.print(f"[red]error:[/red] {escape(error.message)}", highlight=False, soft_wrap=True)
+        _print_error("error", error.message)
         sys.exit(2)
 
 
@@ -69,7 +91,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Show a sweep's jobs: what they share, what is there already, what the rest will cost."""
-    jobs, place = _planned(sweep), Storage(storage)
+    jobs, place = jobs_of(sweep), Storage(storage)
     settled = board.published_keys(place)
     done = _finished_stages(jobs, place)
     rows = [_plan_row(job, settled.get(job.key, "to do"), done) for job in jobs]
@@ -106,18 +128,16 @@ def run(
     ] = None,
 ) -> None:
     """Run what a sweep's leaderboard lacks. Run it again: nothing is computed twice."""
-    jobs, place = _planned(sweep), Storage(storage)
+    jobs, place = jobs_of(sweep), Storage(storage)
     settled = board.published_keys(place)
     missing = [job for job in jobs if settled.get(job.key) != "complete"]
     _print_line(
         f"{len(jobs)} jobs, {len(jobs) - len(missing)} complete, {len(missing)} to run. "
         f"Storage: {place.url}"
     )
-    if missing and not place.probe_put_if_absent():
-        raise StorageError(
-            f"{place.url}: this storage lets two writers create one file, so results could be "
-            "there twice. Use a local or network disk, S3 or GCS"
-        )
+    if missing:
+        _check_storage(place)
+        write_resolved(jobs, place)  # for `status` in another terminal
     started = time.time()
     progress = Progress(missing, place, console)
     backend: Executor = InlineExecutor() if executor == "inline" else RayExecutor(address)
@@ -130,9 +150,155 @@ def run(
         f"{time.time() - started:.0f} s. Leaderboard: {place.url}/{board.ROWS}"
     )
     for result in failed:
-        reason = f"{result.job_key}: {escape(str(result.error))}"
-        errors.print(f"[red]failed:[/red] {reason}", highlight=False, soft_wrap=True)
+        _print_error("failed", f"{result.job_key}: {result.error}")
     if failed:
+        raise typer.Exit(3)
+    lost = {job.key for job in missing} - board.published_keys(place).keys()
+    if lost:
+        _print_error(
+            "lost",
+            f"{len(lost)} jobs ended, and their results are not in {place.url}. "
+            "Does a node write to a disk of its own there? `prunefleet doctor` tells",
+        )
+        raise typer.Exit(3)
+
+
+@app.command()
+def submit(
+    sweep: SweepArgument,
+    address: ClusterOption,
+    storage: StorageOption = "runs",
+    wait: Annotated[
+        bool, typer.Option(help="Follow the log until the sweep has ended; or return at once.")
+    ] = True,
+    working_dir: Annotated[
+        Path | None,
+        typer.Option(help="Send this checkout along; default: what the cluster has installed."),
+    ] = None,
+    driver_resource: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=AMOUNT of a custom resource, to keep the driver on nodes that have it."
+        ),
+    ] = None,
+) -> None:
+    """Run a sweep on a cluster as a Ray job. Submit it again to join it, or to do what is left."""
+    resources = parse_resources(driver_resource or [])
+    jobs, place = jobs_of(sweep), shared_storage(storage)
+    settled = board.published_keys(place)
+    keys = {job.key for job in jobs}
+    if exit_code(keys, settled) == 0:
+        _print_line(f"{len(jobs)} jobs, all complete: nothing to submit. Storage: {place.url}")
+        return
+    _check_storage(place)
+    cluster = _cluster(address)
+    if place.is_local and not is_loopback(address):
+        _warn(f"{place.url} is a folder: every node of the cluster must see it under this name")
+    name, is_new = start(cluster, jobs, place, working_dir=working_dir, driver_resources=resources)
+    done = sum(settled.get(key) == "complete" for key in keys)
+    verb = "submitted as" if is_new else "running already as"
+    _print_line(f"{len(jobs)} jobs, {done} complete, the rest {verb} {name}")
+    if not wait:
+        return
+    _follow(cluster, name)
+    settled = board.published_keys(place)
+    if missing := keys - settled.keys():
+        ended = cluster.status(name)
+        _print_error(
+            f"{len(missing)} of {len(jobs)} jobs have no result",
+            f"the Ray job ended as {ended.status}: {ended.message}\n"
+            "Submit the sweep again: it does what is left",
+        )
+    raise typer.Exit(exit_code(keys, settled))
+
+
+@app.command()
+def status(
+    sweep: Annotated[
+        str | None, typer.Argument(help="A sweep file, or a name or id; default: all, in short.")
+    ] = None,
+    storage: StorageOption = "runs",
+    address: Annotated[
+        str | None, typer.Option(help="Ask the cluster with this dashboard too.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Show how far sweeps are, run here or on a cluster, from any terminal."""
+    place = Storage(storage)
+    names = [sweep] if sweep else known_sweeps(place)
+    cluster = _cluster(address) if address else None
+    shown = [_status_of(*find_sweep(name, place), place, cluster) for name in names]
+    if as_json:
+        print(json.dumps(shown, indent=1))
+        return
+    if not shown:
+        _print_line(f"No sweep was run or submitted with the storage {place.url}")
+    for one in shown:
+        _print_status(one, in_full=sweep is not None)
+
+
+@app.command()
+def logs(
+    sweep: SweepArgument,
+    address: ClusterOption,
+    storage: StorageOption = "runs",
+    follow: Annotated[bool, typer.Option(help="Go on until the sweep has ended.")] = True,
+) -> None:
+    """Print what a submitted sweep prints on its cluster."""
+    cluster = _cluster(address)
+    newest = _newest_submission(cluster, find_sweep(sweep, Storage(storage))[0])
+    if follow and not newest.is_over:
+        _follow(cluster, newest.id)
+    else:
+        print(cluster.logs(newest.id), end="")
+
+
+@app.command()
+def cancel(sweep: SweepArgument, address: ClusterOption, storage: StorageOption = "runs") -> None:
+    """Stop a submitted sweep. What has finished stays; submit it again to go on."""
+    cluster, place = _cluster(address), Storage(storage)
+    name, jobs = find_sweep(sweep, place)
+    newest = _newest_submission(cluster, name)
+    if newest.is_over:
+        _print_line(f"{newest.id} has ended already, as {newest.status}")
+        return
+    ended = cluster.stop(newest.id)
+    states = sweep_status(jobs, place, now=time.time(), ended=time.time())
+    _print_line(f"{newest.id}: {ended.status}. Of {summary(states)}")
+
+
+@app.command()
+def doctor(
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="Look at the cluster with this dashboard (or, on one of its nodes, `auto`).",
+            envvar="RAY_ADDRESS",
+        ),
+    ] = None,
+    storage: StorageOption = "runs",
+    working_dir: Annotated[
+        Path | None, typer.Option(help="As for `submit`: send this checkout along.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    report: Annotated[str | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Say what is wrong with this machine or a cluster, and what to do. Exit code 3: a problem."""
+    place = shared_storage(storage)
+    if address is None:
+        findings = physician.look_here(place)
+    elif address.startswith(("http://", "https://")):
+        findings = physician.look_at_storage(place)
+        findings += physician.examine_remotely(_cluster(address), place, working_dir=working_dir)
+    else:
+        findings = physician.examine(address, place)
+    if report:
+        physician.write_report(findings, place, report)
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=1))
+    else:
+        _print_findings(findings)
+    if any(finding.level == "problem" for finding in findings):
         raise typer.Exit(3)
 
 
@@ -176,21 +342,91 @@ def export(
     _print_line(f"{keys[0]} is in {to}")
 
 
-def _planned(sweep: str) -> list[JobSpec]:
-    path = Path(sweep)
-    if not path.exists():
-        shipped = Path(str(files("jobs"))) / "sweeps" / f"{path.stem}.yaml"
-        if not shipped.exists():
-            names = sorted(file.stem for file in shipped.parent.glob("*.yaml"))
-            raise SpecError(f"{sweep}: no such file. Sweeps that ship: {', '.join(names)}")
-        path = shipped
-    spec = read_sweep(path)
+def _check_storage(storage: Storage) -> None:
+    if not storage.probe_put_if_absent():
+        raise StorageError(
+            f"{storage.url}: this storage lets two writers create one file, so results could be "
+            "there twice. Use a local or network disk, S3 or GCS"
+        )
+
+
+def _cluster(address: str) -> RayJobs:
+    """The cluster with this dashboard, with the token that Ray would use."""
+    token = find_token(os.environ, Path.home())
+    if warning := clear_text_warning(check_address(address), token):
+        _warn(warning)
+    return RayJobs(address, token)
+
+
+def _follow(cluster: RayJobs, submission: str) -> None:
     try:
-        return make_plan(spec)
-    except SweepError:
-        raise
-    except PrunefleetError as error:
-        raise type(error)(f"{path}: {error.message}") from error
+        cluster.follow(submission, lambda text: print(text, end="", flush=True))
+    except KeyboardInterrupt:
+        _print_line(f"\n{submission} runs on. See `prunefleet status`, `logs` and `cancel`")
+        raise typer.Exit(130) from None
+
+
+def _newest_submission(cluster: RayJobs, sweep: str) -> Submission:
+    known = cluster.submissions(sweep)
+    if not known:
+        raise SpecError(f"{cluster.address} knows no submission of {sweep}")
+    return known[max(known)]
+
+
+def _status_of(
+    name: str, jobs: list[JobSpec], storage: Storage, cluster: RayJobs | None
+) -> dict[str, Any]:
+    known = cluster.submissions(name) if cluster else {}
+    newest = known[max(known)] if known else None
+    is_over = bool(known) and all(submission.is_over for submission in known.values())
+    ended = newest.ended if newest and is_over else None
+    states = sweep_status(jobs, storage, now=time.time(), ended=ended)
+    return {
+        "sweep": name,
+        "summary": summary(states),
+        "submission": asdict(newest) if newest else None,
+        "jobs": [asdict(state) for state in states],
+    }
+
+
+def _print_status(shown: dict[str, Any], *, in_full: bool) -> None:
+    submission = shown["submission"]
+    ray_job = f". Ray job {submission['id']}: {submission['status']}" if submission else ""
+    _print_line(f"{shown['sweep']}: {shown['summary']}{ray_job}")
+    if not in_full:
+        return
+    lines: list[tuple[str, ...]] = [("job", "what", "state", "stage", "progress", "last sign")]
+    states = [JobStatus(**job) for job in shown["jobs"]]
+    for job in states:
+        seen = ("", "", "")
+        if job.stage is not None and job.age_s is not None:
+            seen = (job.stage, f"{job.done}/{job.total}", f"{ago(job.age_s)} ago")
+        lines.append((job.job_key, job.what, job.state, *seen))
+    _print_columns(lines)
+    if any(job.state == "silent" for job in states):
+        _print_line(
+            f"silent: no sign of life for {ago(STALE_S)}, or since the Ray job ended: killed, lost "
+            "with its machine, or hanging. Run or submit the sweep again; it goes on where it was"
+        )
+
+
+def _print_findings(findings: list[physician.Finding]) -> None:
+    styles = {"ok": "green", "warning": "yellow", "problem": "red"}
+    width = max(len(finding.check) for finding in findings)
+    for finding in findings:
+        head = f"{finding.level:7}  {finding.check:{width}}  "
+        _print_line(head + finding.what, style=styles[finding.level])
+        if finding.remedy:
+            _print_line(" " * len(head) + finding.remedy)
+
+
+def _print_error(kind: str, text: str, *, style: str = "red") -> None:
+    line = f"[{style}]{kind}:[/{style}] {escape(text)}"
+    errors.print(line, highlight=False, soft_wrap=True)
+
+
+def _warn(text: str) -> None:
+    _print_error("warning", text, style="yellow")
 
 
 def _finished_stages(jobs: list[JobSpec], storage: Storage) -> set[tuple[str, str]]:

@@ -84,7 +84,7 @@ class Progress:
                 live.update(self._table(), refresh=True)
                 continue
             for key, beat in self._beats():
-                stage = str(beat["stage"])
+                stage = beat["stage"]
                 if self._told.get(key) != stage:
                     self._told[key] = stage
                     job = describe(self.jobs[key])
@@ -95,7 +95,7 @@ class Progress:
         title = f"{len(self.results)} of {len(self.jobs)} jobs done, {elapsed:.0f} s"
         table = Table("job", "stage", "progress", title=title, title_justify="left", box=None)
         for key, beat in self._beats():
-            words = (describe(self.jobs[key]), str(beat["stage"]), _share(beat))
+            words = (describe(self.jobs[key]), beat["stage"], _share(beat))
             table.add_row(*map(escape, words))
         return table
 
@@ -103,10 +103,27 @@ class Progress:
         for key in self.jobs:
             if key in self.results:
                 continue
-            with suppress(StorageError, FileNotFoundError, KeyError, TypeError):
-                beat = self.storage.read_json(f"progress/{key}.json")
-                if beat["time"] > self.started - STALE_S:
-                    yield key, beat
+            beat = read_beat(self.storage, key)
+            if beat is not None and beat["time"] > self.started - STALE_S:
+                yield key, beat
+
+
+def read_beat(storage: Storage, job_key: str) -> dict[str, Any] | None:
+    """What a job's workers said last: `stage`, `done` of `total`, and when, `time`.
+
+    None where they said nothing yet, or what cannot be read. A job that was killed leaves its
+    last word behind: look at `time`.
+    """
+    try:
+        beat = storage.read_json(f"progress/{job_key}.json")
+        return {
+            "stage": str(beat["stage"]),
+            "done": int(beat["done"]),
+            "total": int(beat["total"]),
+            "time": float(beat["time"]),
+        }
+    except (StorageError, FileNotFoundError, KeyError, TypeError, ValueError):
+        return None
 
 
 def describe(job: JobSpec) -> str:
