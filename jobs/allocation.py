@@ -2,7 +2,7 @@
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class AllocationOptions(BaseModel):
@@ -71,7 +71,64 @@ class ModuleDropSpec(BudgetedSpec):
     """The sparsest and the densest module differ by twice this."""
 
 
+class SlimLLaVASpec(BudgetedSpec):
+    """Search: evolve the sparsity of each block by its loss on a few samples, arXiv:2503.15369.
+
+    `workers/search.py` says where the paper is silent and what we do there.
+    """
+
+    name: Literal["slimllava"] = "slimllava"
+    genes: Literal["block", "layer"] = "block"
+    """What has a sparsity of its own. A model has about seven times as many layers as blocks: give
+    them more generations, or expect little."""
+    step: float = Field(default=0.05, gt=0, lt=1)
+    """Sparsities tried lie whole steps from the one asked for."""
+    reach: float = Field(default=0.2, gt=0, lt=1)
+    """How far from it at most."""
+    num_samples: int = Field(default=64, ge=2)
+    """Calibration samples that candidates are judged on."""
+    early_samples: int = Field(default=16, ge=0)
+    """On how many of them a candidate is tried first; the worse half goes no further. 0: none."""
+    batch_size: int = Field(default=16, ge=1)
+    """Samples per forward pass."""
+    population: int = Field(default=50, ge=2)
+    """Candidates in a generation: the best of the last one, and their children."""
+    survivors: int = Field(default=10, ge=1)
+    """The best, which live on and have children."""
+    generations: int = Field(default=20, ge=0)
+    """After the first, which holds uniform, OWL, slopes as ATP's, and random ones."""
+    crossover: float = Field(default=0.5, ge=0, le=1)
+    """Share of children with two parents."""
+    mutation: float = Field(default=0.1, ge=0, le=1)
+    """Chance of each gene of a child to move by a step; one moves always."""
+    eta: float | None = Field(default=None, ge=0)
+    """Weight of the generalization term, the norm of the pruned weights over the dense ones'.
+    Default: as much as makes it equal to the loss, for the uniform allocation. 0: none."""
+    projector_every: int = Field(default=5, ge=0)
+    """Generations between two tunings of the projector for the survivors. 0: never."""
+    projector_steps: int = Field(default=20, ge=1)
+    """Gradient steps of a tuning, each on one batch, the survivors' mean loss."""
+    projector_learning_rate: float = Field(default=1e-5, gt=0)
+    needs_statistics: ClassVar[bool] = True
+
+    @model_validator(mode="after")
+    def _fits(self) -> "SlimLLaVASpec":
+        if self.survivors >= self.population:
+            raise ValueError(
+                f"survivors is {self.survivors} of a population of {self.population}: nobody is "
+                "left to be a child"
+            )
+        if self.early_samples >= self.num_samples:
+            raise ValueError(
+                f"early_samples is {self.early_samples}, not fewer than the {self.num_samples} "
+                "samples of num_samples. 0 turns early rejection off"
+            )
+        if self.step > self.reach:
+            raise ValueError(f"step is {self.step}, beyond the reach of {self.reach}")
+        return self
+
+
 AllocationSpec = Annotated[
-    UniformSpec | OWLSpec,
+    UniformSpec | OWLSpec | SlimLLaVASpec,
     Field(discriminator="name"),
 ]

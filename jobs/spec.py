@@ -149,6 +149,9 @@ class BenchmarkSpec(Spec):
     sequence_length: int = Field(default=512, ge=8)
     """Tokens per window of plain text."""
     batch_size: int = Field(default=64, ge=1)
+    answer_loss: bool = False
+    """Also measure the cross-entropy of the right answers, nats per token: it tells models apart
+    whose answers are all right or all wrong. Image benchmarks only."""
 
     @property
     def label(self) -> str:

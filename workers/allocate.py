@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from jobs.allocation import AllocationOptions, OWLSpec
+from jobs.allocation import AllocationOptions, OWLSpec, SlimLLaVASpec
 from jobs.errors import NumericError
 from jobs.spec import CalibrationSpec, PruneSpec, Tower
 from workers.context import Context
@@ -43,6 +43,8 @@ class Question:
     """This worker's calibration batches."""
     statistics: Path | None
     """The folder of the dense model's statistics, for those that need them."""
+    bank: Path | None
+    """The folder of the bank, for a search."""
     seed: int
     ctx: Context
     key: str
@@ -249,4 +251,13 @@ def stretched(scores: Sequence[float], width: float) -> list[float]:
     return [(score - low) / (high - low) * width for score in scores]
 
 
-ALLOCATIONS: dict[type[AllocationOptions], Callable[[Question], Answer]] = {OWLSpec: owl}
+def _slimllava(question: Question) -> Answer:
+    from workers.slimllava import slimllava  # which starts from what this module answers
+
+    return slimllava(question)
+
+
+ALLOCATIONS: dict[type[AllocationOptions], Callable[[Question], Answer]] = {
+    OWLSpec: owl,
+    SlimLLaVASpec: _slimllava,
+}

@@ -1,6 +1,6 @@
 """Score a model on benchmarks: exact match of generated answers, perplexity of plain text.
 
-Shape letters: B samples in a batch, T tokens, V vocabulary.
+Shape letters: B samples in a batch, T tokens, N answer tokens of a batch, V vocabulary.
 """
 
 import json
@@ -15,8 +15,9 @@ from jobs.errors import DataError, NumericError
 from jobs.spec import BenchmarkSpec
 from workers.context import Context
 from workers.data import Sample, evenly_spaced, load_dataset
-from workers.encode import Encoder, text_windows
+from workers.encode import IGNORED_LABEL, Encoder, collate, text_windows
 from workers.models import VisionLanguageModel
+from workers.teacher import answer_logits
 
 Z_95 = 1.959964
 SCORE_FIELDS = ("metric", "score", "score_low", "score_high", "num_items")
@@ -31,15 +32,17 @@ def evaluate(
     Writes what was predicted for every item to `folder/predictions.jsonl`.
 
     Returns:
-        metric, score, score_low, score_high (95% interval), num_items.
+        metric, score, score_low, score_high (95% interval), num_items; and under "also" a list of
+        the same for further metrics.
 
     Raises:
         DataError: fewer items than asked for, a text shorter than one window.
         NumericError: a loss that is NaN or infinite.
     """
     if spec.dataset.is_text:
-        return _perplexity(model, spec, ctx, folder)
-    return _exact_match(model, spec, ctx, folder)
+        return _perplexity(model, spec, ctx, folder) | {"also": []}
+    further = [_answer_loss(model, spec, ctx)] if spec.answer_loss else []
+    return _exact_match(model, spec, ctx, folder) | {"also": further}
 
 
 def _exact_match(
@@ -76,6 +79,31 @@ def _exact_match(
         "score_low": low,
         "score_high": high,
         "num_items": len(everyone),
+    }
+
+
+@torch.inference_mode()
+def _answer_loss(model: VisionLanguageModel, spec: BenchmarkSpec, ctx: Context) -> dict[str, Any]:
+    """Mean over items of the cross-entropy of their answers, nats per token."""
+    items = evenly_spaced(load_dataset(spec.dataset, "test"), spec.num_items, spec.label)
+    encoder = Encoder(model)
+    losses = []
+    for start in range(ctx.rank * spec.batch_size, len(items), ctx.world * spec.batch_size):
+        encoded = [encoder.supervised(one) for one in items[start : start + spec.batch_size]]
+        batch = collate(encoded, encoder.pad_id)
+        logits_NV, answers_N = answer_logits(model.module, batch, ctx.device)
+        loss_N = torch.nn.functional.cross_entropy(logits_NV, answers_N, reduction="none")
+        counts = (batch["labels"][:, 1:] != IGNORED_LABEL).sum(dim=1).tolist()
+        losses += [(start, [float(part.mean()) for part in torch.split(loss_N, counts)])]
+        ctx.progress(f"evaluate {spec.label}, answer loss", start + len(encoded), len(items))
+    everyone = sorted(share for shares in ctx.gather(losses) for share in shares)
+    mean, spread = _mean_and_spread([loss for _, share in everyone for loss in share], spec.label)
+    return {
+        "metric": "answer_loss",
+        "score": mean,
+        "score_low": None if spread is None else mean - spread,
+        "score_high": None if spread is None else mean + spread,
+        "num_items": len(items),
     }
 
 
@@ -145,20 +173,24 @@ def _perplexity(
         ctx.progress(f"evaluate {spec.label}", index + 1, len(windows))
     everyone = [record for share in ctx.gather(losses) for record in share]
     _write_predictions(everyone, ctx, folder)
-    values = [record["loss"] for record in everyone]
-    mean = statistics.fmean(values)
-    if not math.isfinite(mean):
-        raise NumericError(f"{spec.label}: the mean loss per token is {mean}")
-    spread = (
-        Z_95 * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    )
+    mean, spread = _mean_and_spread([record["loss"] for record in everyone], spec.label)
     return {
         "metric": "perplexity",
         "score": math.exp(mean),
-        "score_low": math.exp(mean - spread) if math.isfinite(spread) else None,
-        "score_high": math.exp(mean + spread) if math.isfinite(spread) else None,
-        "num_items": len(values),
+        "score_low": None if spread is None else math.exp(mean - spread),
+        "score_high": None if spread is None else math.exp(mean + spread),
+        "num_items": len(everyone),
     }
+
+
+def _mean_and_spread(losses: list[float], label: str) -> tuple[float, float | None]:
+    """The mean, and half its 95% interval; None of a single item."""
+    mean = statistics.fmean(losses)
+    if not math.isfinite(mean):
+        raise NumericError(f"{label}: the mean loss per token is {mean}")
+    if len(losses) == 1:
+        return mean, None
+    return mean, Z_95 * statistics.stdev(losses) / math.sqrt(len(losses))
 
 
 def normalise(answer: str) -> str:

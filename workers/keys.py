@@ -7,12 +7,13 @@ two jobs whose keys agree share the output.
 from dataclasses import dataclass
 from typing import Any
 
-from jobs.allocation import UniformSpec
+from jobs.allocation import SlimLLaVASpec, UniformSpec
 from jobs.result import Weights
 from jobs.spec import JobSpec, content_key, settings_of
 
 CODE_EPOCHS = {
     "statistics": 1,
+    "bank": 1,
     "allocate": 1,
     "prune": 2,
     "teacher": 1,
@@ -33,6 +34,8 @@ class StageKeys:
 
     statistics: str | None
     """Of the dense model, shared by every method, sparsity, pattern and mix of modalities."""
+    bank: str | None
+    """Every layer at every ratio, shared by all searches among them."""
     allocate: str | None
     """How sparse each layer is to be. None where all of a tower get the tower's sparsity."""
     prune: str | None
@@ -48,7 +51,8 @@ class StageKeys:
         assert job.model.fingerprint is not None
         dense = content_key([job.model.fingerprint, job.model.dtype])
         statistics = _statistics_key(job, dense)
-        allocate = _allocate_key(job, dense, statistics)
+        bank = _bank_key(job, dense, statistics)
+        allocate = _allocate_key(job, dense, statistics, bank)
         prune = _prune_key(job, dense, statistics, allocate)
         teacher = _teacher_key(job, dense)
         repair = None
@@ -62,11 +66,11 @@ class StageKeys:
             if key is not None
             for spec in job.evaluate
         }
-        return cls(statistics, allocate, prune, teacher, repair, evaluate)
+        return cls(statistics, bank, allocate, prune, teacher, repair, evaluate)
 
     def all(self) -> list[tuple[str, str]]:
         """(stage, key) of every stage of the job, in the order they run."""
-        names = ("statistics", "allocate", "prune", "teacher", "repair")
+        names = ("statistics", "bank", "allocate", "prune", "teacher", "repair")
         single = [(name, getattr(self, name)) for name in names]
         return [pair for pair in single if pair[1]] + [
             ("evaluate", key) for key in self.evaluate.values()
@@ -87,14 +91,27 @@ def _statistics_key(job: JobSpec, dense: str) -> str | None:
     return _key("statistics", {"calibration": settings_of(unmixed), "seed": job.seed}, dense)
 
 
-def _allocate_key(job: JobSpec, dense: str, statistics: str | None) -> str | None:
-    """Free of the method, so that all methods share an allocation."""
+def _bank_key(job: JobSpec, dense: str, statistics: str | None) -> str | None:
+    if job.prune is None or not isinstance(job.prune.allocation, SlimLLaVASpec):
+        return None
+    prune = settings_of(job.prune)
+    asked = {name: prune[name] for name in ("method", "sparsity")}
+    grid = {name: prune["allocation"][name] for name in ("step", "reach")}
+    return _key("bank", asked | grid | _looked_at(job), dense, statistics)
+
+
+def _allocate_key(job: JobSpec, dense: str, statistics: str | None, bank: str | None) -> str | None:
+    """Free of the method, so that all methods share an allocation; but what is searched is not."""
     if job.prune is None or isinstance(job.prune.allocation, UniformSpec):
         return None
     asked = {name: settings_of(job.prune)[name] for name in ("allocation", "sparsity")}
-    looked_at = job.calibration.model_copy(update={"propagate": "dense"})
-    settings = asked | {"calibration": settings_of(looked_at), "seed": job.seed}
-    return _key("allocate", settings, dense, statistics)
+    return _key("allocate", asked | _looked_at(job), dense, statistics, bank)
+
+
+def _looked_at(job: JobSpec) -> dict[str, Any]:
+    """What of the calibration counts where only the dense model is looked at."""
+    calibration = job.calibration.model_copy(update={"propagate": "dense"})
+    return {"calibration": settings_of(calibration), "seed": job.seed}
 
 
 def _prune_key(

@@ -4,6 +4,7 @@ Each stage's output lies in the storage under a key that hashes everything which
 a grid computes what its jobs share once, and a job that was killed goes on where it was.
 
     statistics   of the dense model's inputs; only where the method or the allocation reads them
+    bank         every layer pruned at every ratio; only where an allocation searches among them
     allocate     how sparse each layer is to be; only where that differs within a tower
     prune        a model folder with zeros, masks, a report per layer: exported as it stands
     teacher      the dense model's answers on the repair data; only where the repair distils
@@ -21,9 +22,11 @@ from typing import Any
 
 import torch
 
+from jobs.allocation import SlimLLaVASpec
 from jobs.result import JobResult, Score, Weights
 from jobs.spec import BenchmarkSpec, JobSpec, PruneSpec, RepairSpec
 from workers.allocate import Question, allocate, load_allocation, save_allocation
+from workers.bank import build_bank
 from workers.calibrate import calibration_batches
 from workers.context import Context
 from workers.encode import Encoded, Encoder
@@ -39,6 +42,7 @@ from workers.prune import (
     prune_sequentially,
     save_report,
 )
+from workers.search import ratio_grid
 from workers.stages import Stage, run_stage
 from workers.teacher import TARGETS_FILE, dense_targets, load_targets, save_targets
 
@@ -109,6 +113,7 @@ class _Job:
     def _allocate(self, spec: PruneSpec, statistics: Stage | None) -> Stage:
         """Each layer's sparsity, by the dense model: one for all methods."""
         key = _there(self.keys.allocate)
+        bank = self._bank(spec, statistics) if self.keys.bank and statistics else None
 
         def build(folder: Path) -> dict[str, Any]:
             model = self._load(self.folder)
@@ -119,6 +124,7 @@ class _Job:
                 calibration=self.job.calibration,
                 batches=self._batches(model),
                 statistics=statistics.folder if statistics else None,
+                bank=bank.folder if bank else None,
                 seed=self.job.seed,
                 ctx=self.ctx,
                 key=key,
@@ -130,6 +136,31 @@ class _Job:
             return {}
 
         return self._run("allocate", key, build)
+
+    def _bank(self, spec: PruneSpec, statistics: Stage) -> Stage:
+        """Every layer at every ratio: one for all searches among them."""
+        key, calibration = _there(self.keys.bank), self.job.calibration
+        assert isinstance(spec.allocation, SlimLLaVASpec)
+        grids = {
+            tower: ratio_grid(asked, spec.allocation.step, spec.allocation.reach)
+            for tower, asked in spec.sparsity.items()
+            if asked
+        }
+
+        def build(folder: Path) -> dict[str, Any]:
+            build_bank(
+                self._load(self.folder),
+                spec.method,
+                grids,
+                statistics.folder,
+                calibration,
+                self.ctx,
+                folder,
+                key=key,
+            )
+            return {}
+
+        return self._run("bank", key, build)
 
     def _statistics(self) -> Stage:
         """The dense model's statistics: one for all jobs, whatever modality mix they want."""
@@ -214,8 +245,9 @@ class _Job:
         scores = []
         for spec in self.job.evaluate:
             stage = self._benchmark(spec, folder, self.keys.evaluate[weights, spec.label])
-            measured = {name: stage.info[name] for name in SCORE_FIELDS}
-            scores.append(Score(weights=weights, benchmark=spec.label, **measured))
+            for metric in [stage.info, *stage.info["also"]]:
+                measured = {name: metric[name] for name in SCORE_FIELDS}
+                scores.append(Score(weights=weights, benchmark=spec.label, **measured))
             self.counted = stage.info["counted"]
         return scores
 
@@ -281,6 +313,7 @@ def _costs(stages: list[Stage]) -> dict[str, Any]:
     seconds = parts | {name: own[name] for name in ("allocate", "prune", "evaluate")}
     seconds["repair"] = own["repair"] + own["teacher"]
     seconds["calibrate"] += own["statistics"]
+    seconds["allocate"] += own["bank"]
     return {
         **{f"seconds_{name}": value for name, value in seconds.items()},
         "seconds_computing": sum(s.seconds["total"] for s in stages if not s.cached),
