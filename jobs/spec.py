@@ -167,6 +167,32 @@ class Resources(Spec):
     """Also the number of threads torch uses in each worker."""
     gpus_per_worker: float = Field(default=0, ge=0)
     memory_gib_per_worker: float | None = Field(default=None, gt=0)
+    stalled_after_minutes: float = Field(default=30, gt=0)
+    """A worker without progress for so long (no sample, block or step finished) is ended, its
+    stack told, and tried once more."""
+
+
+class OnFailure(Spec):
+    """What the failure of one job means for the others."""
+
+    stop_after: int | None = Field(default=None, ge=1)
+    """Start nothing more once so many jobs have failed. What runs is finished, and what was not
+    started is run the next time. Default: never stop."""
+
+
+def _on_failure(value: Any) -> Any:
+    """`continue` is the default: run every job, whatever becomes of the others."""
+    return {} if value == "continue" else value
+
+
+class RunPolicy(Spec):
+    """How a sweep is run. Changes no number, so it is in no job's key."""
+
+    on_failure: Annotated[OnFailure, BeforeValidator(_on_failure)] = OnFailure()
+    """`continue`, or `{stop_after: 3}`."""
+    max_share: float = Field(default=1.0, gt=0, le=1)
+    """The most of the cluster's CPUs, GPUs and memory that this sweep takes at a time. One job may
+    always run."""
 
 
 class JobSpec(Spec):
@@ -180,12 +206,13 @@ class JobSpec(Spec):
     evaluate: tuple[BenchmarkSpec, ...]
     seed: int = 0
     resources: Resources = Resources()
+    policy: RunPolicy = RunPolicy()
 
     @property
     def key(self) -> str:
         """Content hash, the same on every machine: 16 hex digits."""
         settings = self.model_dump(mode="json")
-        without_effect = {"sweep", "resources"}
+        without_effect = {"sweep", "resources", "policy"}
         if not self.is_calibrated:
             without_effect |= {"calibration"}
             if self.repair is None:

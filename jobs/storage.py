@@ -28,7 +28,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from jobs.crash import crash_point
-from jobs.errors import StorageError
+from jobs.errors import CorruptError, StorageError
 
 DONE = "DONE.json"
 CLAIM_PATIENCE_S = 60.0
@@ -167,7 +167,8 @@ class Storage:
             verify: compare every SHA-256 also where comparing sizes would do.
 
         Raises:
-            StorageError: not published, or a file is missing or damaged.
+            StorageError: not published.
+            CorruptError: a file is missing or damaged.
         """
         done = self.read_marker(path)
         if done is None:
@@ -311,7 +312,7 @@ class Storage:
                 damage = f"has other bytes than {DONE} says (SHA-256 differs)"
             else:
                 continue
-            raise StorageError(
+            raise CorruptError(
                 f"{self._name(path)}: {name} {damage}. Delete the folder to have it made again"
                 + ("" if self.is_local else f", and its copy {folder}")
             )

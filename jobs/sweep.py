@@ -35,6 +35,7 @@ from jobs.spec import (
     ModelSpec,
     RepairSpec,
     Resources,
+    RunPolicy,
     Spec,
     Tower,
 )
@@ -134,7 +135,7 @@ class ExcludeSpec(Spec):
         return self
 
 
-class SweepSpec(Spec):
+class SweepSpec(RunPolicy):
     """A pruning study. Where a list is given for a single value, its values multiply the grid."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")

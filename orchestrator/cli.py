@@ -151,7 +151,15 @@ def run(
     )
     for result in failed:
         _print_error("failed", f"{result.job_key}: {result.error}")
-    if failed:
+    not_run = len(missing) - len(progress.results)
+    if not_run:
+        stop_after = jobs[0].policy.on_failure.stop_after
+        _print_error(
+            "not run",
+            f"{not_run} jobs, since on_failure stops after {stop_after} failures. "
+            "Run the sweep again for them",
+        )
+    if failed or not_run:
         raise typer.Exit(3)
     lost = {job.key for job in missing} - board.published_keys(place).keys()
     if lost:

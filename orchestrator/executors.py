@@ -4,31 +4,52 @@ Both executors take planned jobs, call `on_settled` with each result, and leave 
 matters in the storage. Ray is imported only when it is used.
 """
 
+import gc
 import os
 import re
 import secrets
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
-from jobs.errors import LostError, PrunefleetError, SpecError, StarvedError
+from jobs.errors import (
+    CorruptError,
+    LostError,
+    OutOfMemoryError,
+    PreemptedError,
+    PrunefleetError,
+    SpecError,
+    StalledError,
+    StarvedError,
+    StorageError,
+)
 from jobs.result import JobResult
 from jobs.spec import JobSpec
 from jobs.storage import Storage
+from orchestrator.admission import TRIAL_MEMORY, Node, Queue, check_feasible, need_of, tell
+from orchestrator.retry import Attempt
 from orchestrator.settle import fail, settle
-from workers.keys import TRAIN_FOLDER
+from workers.keys import TRAIN_FOLDER, stalled_path
 
 TUNE_FOLDER = "ray/tune"
-TRIAL_RESOURCES = {"CPU": 0, "memory": 2**28}
+TRIAL_RESOURCES = {"CPU": 0, "memory": TRIAL_MEMORY}
 """A trial only waits for its Train workers, which reserve their own CPUs. A hundredth of a CPU
 would be too much: on two it leaves too little for two workers, and the trial waits for itself."""
 
 STARTS = 4
 """How often a Train run that gets no workers is tried again, 60 s each."""
+
+DRIVER_LOSSES = 5
+"""How often the process that waits for a job's workers is started anew."""
+
+ROOM_PATIENCE_S = 600.0
+"""How long to wait while others hold the whole cluster. Then Ray has to say who is starved."""
+
+MAX_NODES_OF_A_GROUP = 1000
 
 RAY_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how often a Train run looks whether it is over
@@ -43,7 +64,11 @@ OnSettled = Callable[[JobSpec, JobResult], None]
 
 class Executor(Protocol):
     def run(self, jobs: Sequence[JobSpec], storage: Storage, on_settled: OnSettled) -> None:
-        """Settle every job: after this each has a row."""
+        """Settle the jobs: after this each has a row, or `on_failure` ended the run.
+
+        Raises:
+            SpecError: a job that no node of the cluster can hold. Nothing was started.
+        """
 
 
 class InlineExecutor:
@@ -53,22 +78,36 @@ class InlineExecutor:
     """
 
     def run(self, jobs: Sequence[JobSpec], storage: Storage, on_settled: OnSettled) -> None:
+        num_failed = 0
         for job in jobs:
-            on_settled(job, settle(job, storage, partial(_here, job, storage)))
+            result = settle(job, storage, partial(_here, job, storage))
+            on_settled(job, result)
+            num_failed += result.status == "failed"
+            if num_failed == job.policy.on_failure.stop_after:
+                return
 
 
-def _here(job: JobSpec, storage: Storage, attempt: int) -> JobResult:
+def _here(job: JobSpec, storage: Storage, attempt: Attempt) -> JobResult:
     import torch
 
     from workers.context import Context, threads
     from workers.run import run_job
+    from workers.watchdog import raised_here
 
     device = torch.device("cuda" if job.resources.gpus_per_worker else "cpu")
+    limit_s = 60 * job.resources.stalled_after_minutes
+    if attempt.memory_rung:
+        gc.collect()
+        torch.cuda.empty_cache()
     with (
         tempfile.TemporaryDirectory(prefix=f"prunefleet-{job.key}-") as scratch,
         threads(job.resources.cpus_per_worker),
+        raised_here() as raise_stalled,
     ):
-        return run_job(job, Context(storage, job.key, Path(scratch), device))
+        context = Context(storage, job.key, Path(scratch), device)
+        context.memory_rung = attempt.memory_rung
+        with context.watchdog.watching(limit_s, raise_stalled):
+            return run_job(job, context)
 
 
 class RayExecutor:
@@ -86,8 +125,8 @@ class RayExecutor:
         import ray
 
         try:
-            for _, same_shape in groupby(jobs, key=_shape):
-                self._run_alike(list(same_shape), storage, on_settled)
+            check_feasible(jobs, _nodes())
+            _run_trials(jobs, storage, on_settled)
         finally:
             ray.shutdown()
 
@@ -111,47 +150,105 @@ class RayExecutor:
             **(dashboard if starts_one else {}),
         )
 
-    def _run_alike(self, jobs: list[JobSpec], storage: Storage, on_settled: OnSettled) -> None:
-        """One Tune run over jobs of equal resources, as many at a time as the cluster holds."""
-        from ray import tune
 
-        by_key = {job.key: job for job in jobs}
+def _run_trials(jobs: Sequence[JobSpec], storage: Storage, on_settled: OnSettled) -> None:
+    """One Tune run over all jobs; which of them runs when is our queue's decision."""
+    from ray import tune
+    from ray.tune.search import Searcher
 
-        class Report(tune.Callback):  # type: ignore[misc]
-            def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
-                value = trial.last_result["result"]
-                on_settled(by_key[value["job_key"]], JobResult.from_mapping(value))
+    policy = jobs[0].policy
+    queue = Queue(jobs, max_share=policy.max_share, stop_after=policy.on_failure.stop_after)
 
-            def __reduce__(self) -> Any:  # Tune pickles callbacks, for a resume that is not ours
-                return tune.Callback, ()
+    class Admission(Searcher):  # type: ignore[misc]
+        """Tune asks it for the next trial about once a second, and whenever one has ended."""
 
-        name = f"{jobs[0].sweep}-{uuid.uuid4().hex[:8]}"
-        results = tune.Tuner(
-            tune.with_resources(_trial, TRIAL_RESOURCES),
-            param_space={
-                "job": tune.grid_search([job.model_dump(mode="json") for job in jobs]),
-                "storage": storage.url,
-            },
-            tune_config=tune.TuneConfig(
-                max_concurrent_trials=_slots(jobs[0]),
-                reuse_actors=True,
-                trial_dirname_creator=lambda trial: (
-                    f"{trial.config['job']['sweep']}-{trial.trial_id}"
-                ),
-            ),
-            run_config=tune.RunConfig(
-                name=name,
-                storage_path=f"{storage.url}/{TUNE_FOLDER}",
-                failure_config=tune.FailureConfig(max_failures=2),
-                callbacks=[Report()],
-                verbose=0,
-            ),
-        ).fit()
-        storage.remove_folder(f"{TUNE_FOLDER}/{name}")
-        for outcome in results:
-            if outcome.error is not None:
-                job = by_key[JobSpec.model_validate(outcome.config["job"]).key]
-                on_settled(job, fail(job, storage, LostError.kind, str(outcome.error)))
+        def __init__(self) -> None:
+            super().__init__()
+            self.room_due = time.monotonic() + ROOM_PATIENCE_S
+
+        def suggest(self, trial_id: str) -> Any:
+            if queue.is_over:
+                return Searcher.FINISHED
+            if not queue.is_idle:
+                self.room_due = time.monotonic() + ROOM_PATIENCE_S
+            others_matter = time.monotonic() < self.room_due
+            job = queue.next(_nodes(), _unused() if others_matter else None)
+            return job and {"job": job.model_dump(mode="json"), "storage": storage.url}
+
+        def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+            pass  # Report sees to it
+
+        def save(self, checkpoint_path: str) -> None:
+            pass
+
+        def __reduce__(self) -> Any:  # Tune pickles these, for a resume that is not ours
+            return Searcher, ()
+
+    class Report(tune.Callback):  # type: ignore[misc]
+        def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
+            self.ended(trial, JobResult.from_mapping(trial.last_result["result"]))
+
+        def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
+            job = JobSpec.model_validate(trial.config["job"])
+            self.ended(trial, fail(job, storage, LostError.kind, _last_words(trial)))
+
+        def ended(self, trial: Any, result: JobResult) -> None:
+            job = JobSpec.model_validate(trial.config["job"])
+            queue.ended(job, failed=result.status == "failed")
+            on_settled(job, result)
+
+        def __reduce__(self) -> Any:
+            return tune.Callback, ()
+
+    name = f"{jobs[0].sweep}-{uuid.uuid4().hex[:8]}"
+    tune.Tuner(
+        tune.with_resources(_trial, TRIAL_RESOURCES),
+        tune_config=tune.TuneConfig(
+            num_samples=len(jobs),
+            search_alg=Admission(),
+            reuse_actors=True,
+            trial_dirname_creator=lambda trial: f"{trial.config['job']['sweep']}-{trial.trial_id}",
+        ),
+        run_config=tune.RunConfig(
+            name=name,
+            storage_path=f"{storage.url}/{TUNE_FOLDER}",
+            failure_config=tune.FailureConfig(max_failures=DRIVER_LOSSES),
+            callbacks=[Report()],
+            verbose=0,
+        ),
+    ).fit()
+    storage.remove_folder(f"{TUNE_FOLDER}/{name}")
+
+
+def _last_words(trial: Any) -> str:
+    """Of a trial whose own process died once too often; what a worker raises is settled there."""
+    error = str(trial.get_error() or "no reason is known").strip()
+    return f"the job's driver died {DRIVER_LOSSES + 1} times: {error.splitlines()[-1]}"
+
+
+def _nodes() -> list[Node]:
+    """What the cluster has, or on one that grows by itself, what it may grow to."""
+    import ray
+    from ray._private.state import state
+
+    config = state.get_cluster_config()
+    groups = config.node_group_configs if config else []
+    if groups:
+        return [
+            Node(f"{group.name}-{number}", dict(group.resources))
+            for group in groups
+            for number in range(min(group.max_count, MAX_NODES_OF_A_GROUP))
+        ]
+    return [Node(node["NodeID"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
+def _unused() -> list[Node] | None:
+    """What nobody holds now, ourselves included; None where nodes come when they are asked for."""
+    from ray._private.state import state
+
+    if state.get_cluster_config() is not None:
+        return None
+    return [Node(name, has) for name, has in state.available_resources_per_node().items()]
 
 
 def _trial(config: dict[str, Any]) -> None:
@@ -166,7 +263,7 @@ def _trial(config: dict[str, Any]) -> None:
     tune.report({"result": asdict(result)})
 
 
-def _fit(job: JobSpec, storage: Storage, attempt: int) -> JobResult:
+def _fit(job: JobSpec, storage: Storage, attempt: Attempt) -> JobResult:
     """One attempt at a job as a Ray Train run.
 
     Raises:
@@ -178,21 +275,20 @@ def _fit(job: JobSpec, storage: Storage, attempt: int) -> JobResult:
 
     from workers.entry import train_worker
 
-    need = job.resources
-    name = f"{job.key}-{attempt}-{uuid.uuid4().hex[:8]}"
-    resources: dict[str, float] = {"CPU": need.cpus_per_worker}
-    if need.gpus_per_worker:
-        resources["GPU"] = need.gpus_per_worker
-    if need.memory_gib_per_worker:
-        resources["memory"] = need.memory_gib_per_worker * 2**30
+    storage.delete(stalled_path(job.key))
+    name = f"{job.key}-{attempt.number}-{uuid.uuid4().hex[:8]}"
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"job": job.model_dump(mode="json"), "storage": storage.url},
-        torch_config=TorchConfig(backend="nccl" if need.gpus_per_worker else "gloo"),
+        train_loop_config={
+            "job": job.model_dump(mode="json"),
+            "storage": storage.url,
+            "memory_rung": attempt.memory_rung,
+        },
+        torch_config=TorchConfig(backend="nccl" if job.resources.gpus_per_worker else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=job.num_workers,
-            use_gpu=bool(need.gpus_per_worker),
-            resources_per_worker=resources,
+            use_gpu=bool(job.resources.gpus_per_worker),
+            resources_per_worker=need_of(job),
         ),
         run_config=ray.train.RunConfig(
             name=name,
@@ -204,21 +300,39 @@ def _fit(job: JobSpec, storage: Storage, attempt: int) -> JobResult:
     try:
         result = JobResult.from_mapping(trainer.fit().return_value)
     except ray.train.TrainingFailedError as error:
-        raise _cause(error, job) from error
+        raise _stalled(job, storage) or _cause(error, job) from error
     storage.remove_folder(f"{TRAIN_FOLDER}/{name}")
     return result
 
 
+def _stalled(job: JobSpec, storage: Storage) -> StalledError | None:
+    """The last word of a worker that ended itself for standing still."""
+    try:
+        return StalledError(storage.read_bytes(stalled_path(job.key)).decode())
+    except (FileNotFoundError, StorageError):
+        return None
+
+
+DEATHS: list[tuple[str, type[PrunefleetError]]] = [
+    (r"OutOfMemoryError|running low on memory|memory monitor", OutOfMemoryError),
+    (r"PreemptionError|preempted|node has died|node was terminated", PreemptedError),
+    (r"NCCLHangError|CollectiveTimeoutError", StalledError),
+    (r"CheckpointManagerInitializationError", CorruptError),
+]
+"""What Ray says of a worker that is gone, and what it means."""
+
+
 def _cause(error: Exception, job: JobSpec) -> Exception:
     """What a worker raised, out of what Ray Train wraps it in; or that one died, or never began."""
-    failures = getattr(error, "worker_failures", {})
-    raised = [getattr(failure, "_base_exc", None) for failure in failures.values()]
+    failures = list(getattr(error, "worker_failures", {}).values())
+    raised = [getattr(failure, "_base_exc", None) for failure in failures]
     for inner in raised:
         if isinstance(inner, PrunefleetError):
             return inner
-    if "StartupTimeout" in type(getattr(error, "controller_failure", None)).__name__:
+    controller = getattr(error, "controller_failure", None)
+    if "StartupTimeout" in type(controller).__name__:
         return StarvedError(
-            f"the cluster did not give {job.num_workers} workers of {job.resources} in "
+            f"the cluster did not give {job.num_workers} workers of {tell(need_of(job))} each in "
             f"{STARTS + 1} tries of 60 s. Is something else using it? Free it or ask for less, "
             "and run the sweep again"
         )
@@ -226,32 +340,9 @@ def _cause(error: Exception, job: JobSpec) -> Exception:
         # A worker whose neighbour died is told so by the collective it waits in.
         if isinstance(inner, Exception) and not re.search("gloo|nccl", str(inner), re.IGNORECASE):
             return inner
+    deaths = [getattr(failure, "health_check_failure", failure) for failure in failures]
+    told = " ".join(f"{type(one).__name__}: {one}" for one in [error, controller, *deaths])
+    for pattern, kind in DEATHS:
+        if re.search(pattern, told):
+            return kind(f"a worker of the job is gone: {error}")
     return LostError(f"a worker of the job died: {error}")
-
-
-def _shape(job: JobSpec) -> tuple[Any, ...]:
-    """Jobs of one shape fill a cluster without deadlock or gaps: they are run together."""
-    return job.num_workers, job.resources
-
-
-def _slots(job: JobSpec) -> int:
-    """How many jobs of this shape the cluster holds at a time.
-
-    Raises:
-        SpecError: not one.
-    """
-    import ray
-
-    total = ray.cluster_resources()
-    need = {
-        "CPU": job.num_workers * job.resources.cpus_per_worker,
-        "GPU": job.num_workers * job.resources.gpus_per_worker,
-    }
-    fits = min(int(total.get(name, 0) // amount) for name, amount in need.items() if amount)
-    if fits == 0:
-        raise SpecError(
-            f"resources: a job needs {need['CPU']} CPUs and {need['GPU']:g} GPUs for its "
-            f"{job.num_workers} workers; the cluster has {total.get('CPU', 0):g} and "
-            f"{total.get('GPU', 0):g}"
-        )
-    return fits

@@ -108,6 +108,7 @@ _FACTS = {
     "image_digest": pa.string(),
     "hostname": pa.string(),
     "attempt": pa.int64(),
+    "memory_rung": pa.int64(),  # how often the samples at a time were halved for lack of memory
     "job": pa.string(),  # the resolved job as JSON
     "warnings": pa.string(),  # what was adjusted on the way
     "stages": pa.string(),  # JSON: key, seconds and whether cached, per stage

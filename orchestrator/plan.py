@@ -26,6 +26,7 @@ from jobs.spec import (
     ModelSpec,
     PruneSpec,
     RepairSpec,
+    RunPolicy,
     Tower,
 )
 from jobs.sweep import ExcludeSpec, GridSpec, SweepSpec, Towers
@@ -84,6 +85,7 @@ def _expand(sweep: SweepSpec) -> Iterator[JobSpec]:
             evaluate=tuple(_fingerprinted_benchmark(spec) for spec in sweep.evaluate),
             seed=seed,
             resources=sweep.resources,
+            policy=RunPolicy(**{name: getattr(sweep, name) for name in RunPolicy.model_fields}),
         )
         yield dense
         for grid, repair in itertools.product(sweep.grid, sweep.repair):

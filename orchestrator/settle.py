@@ -20,42 +20,53 @@ from jobs.result import JobResult
 from jobs.spec import JobSpec
 from jobs.storage import Storage
 from orchestrator import leaderboard
+from orchestrator.retry import Attempt, jittered, next_attempt
 
 log = logging.getLogger("prunefleet")
 
-MAX_ATTEMPTS = 3
-"""Of a job that lost a worker, or that storage failed. An error of its own making is final."""
-
-PUBLISH_AGAIN_AFTER_S = (1.0, 10.0)
+PUBLISH_AGAIN_AFTER_S = (1.0, 2.0, 4.0, 8.0, 16.0)
 """A storage that fails while the row is published, the work all done, gets more patience."""
 
 PACKAGES = ("prunefleet", "torch", "transformers", "ray", "deepspeed", "peft")
 
 
-def settle(job: JobSpec, storage: Storage, run: Callable[[int], JobResult]) -> JobResult:
-    """Run a job until it is complete or has failed for good, and publish its rows.
+def settle(job: JobSpec, storage: Storage, run: Callable[[Attempt], JobResult]) -> JobResult:
+    """Run a job until it has ended, and publish its rows. `retry.py` says what is tried again.
 
     Args:
-        run: one attempt, given its number from 1. Raises what went wrong.
+        run: one attempt. Raises what went wrong.
     """
-    started = time.time()
-    for attempt in range(1, MAX_ATTEMPTS + 1):
+    started = time.monotonic()
+    failures: list[str] = []
+    again: Attempt | None = Attempt()
+    while again is not None:
+        attempt = again
+        time.sleep(jittered(attempt.pause_s))
         try:
-            result = run(attempt)
-            break
-        except PrunefleetError as error:
-            result = _failed(job, error.kind, error.message)
-            if not error.retryable:
-                break
-        except Exception as error:  # a mistake of ours: it would be made again
-            log.exception("job %s, attempt %d", job.key, attempt)
-            result = _failed(job, "unknown", f"{type(error).__name__}: {error}")
-            break
-    total = time.time() - started
+            result, again = run(attempt), None
+        except Exception as error:
+            result = _failed(job, *_told(job, attempt, error))
+            failures.append(str(result.error_kind))
+            again = next_attempt(failures)
+    total = time.monotonic() - started
     computing = result.facts.pop("seconds_computing", 0.0)
-    ours = {"attempt": attempt, "seconds_total": total, "seconds_orchestration": total - computing}
+    ours = {
+        "attempt": attempt.number,
+        "memory_rung": attempt.memory_rung,
+        "seconds_total": total,
+        "seconds_orchestration": total - computing,
+    }
     result.facts.update(ours)
     return _published(job, storage, result, ours)
+
+
+def _told(job: JobSpec, attempt: Attempt, error: Exception) -> tuple[str, str]:
+    """Kind and message of what ended an attempt."""
+    if isinstance(error, PrunefleetError):
+        log.warning("job %s, attempt %d: %s", job.key, attempt.number, error.message)
+        return error.kind, error.message
+    log.exception("job %s, attempt %d", job.key, attempt.number)  # a mistake of ours
+    return "unknown", f"{type(error).__name__}: {error}"
 
 
 def fail(job: JobSpec, storage: Storage, kind: str, message: str) -> JobResult:

@@ -16,7 +16,6 @@ from jobs.errors import (
     NumericError,
     PrunefleetError,
     SpecError,
-    StarvedError,
     StorageError,
 )
 from jobs.methods import WandaSpec
@@ -33,7 +32,8 @@ from jobs.spec import (
 from jobs.storage import Storage
 from jobs.sweep import SweepError
 from orchestrator import leaderboard
-from orchestrator.settle import MAX_ATTEMPTS, job_columns, provenance, settle
+from orchestrator.retry import BUDGETS, Attempt
+from orchestrator.settle import job_columns, provenance, settle
 
 EASY = DatasetSpec(format="easy-vqa", fingerprint="d")
 DENSE = JobSpec(
@@ -56,12 +56,17 @@ class Attempts:
         self.outcomes = list(outcomes)
         self.numbers: list[int] = []
 
-    def __call__(self, attempt: int) -> JobResult:
-        self.numbers.append(attempt)
+    def __call__(self, attempt: Attempt) -> JobResult:
+        self.numbers.append(attempt.number)
         outcome = self.outcomes.pop(0)
         if isinstance(outcome, Exception):
             raise outcome
         return replace(outcome, facts=dict(outcome.facts))
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.settle.jittered", lambda pause_s: 0.0)
 
 
 @pytest.fixture
@@ -75,9 +80,8 @@ FAILURES: list[tuple[Exception, int, str, str]] = [
     (ModelError("no such tower"), 1, "model", "no such tower"),
     (NumericError("a NaN"), 1, "numeric", "a NaN"),
     (PrunefleetError("hm"), 1, "unknown", "hm"),
-    (StorageError("disk gone"), MAX_ATTEMPTS, "storage", "disk gone"),
-    (LostError("killed"), MAX_ATTEMPTS, "lost", "killed"),
-    (StarvedError("no GPU came"), 1, "starved", "no GPU came"),
+    (StorageError("disk gone"), 1 + BUDGETS["storage"].retries, "storage", "disk gone"),
+    (LostError("killed"), 1 + BUDGETS["lost"].retries, "lost", "killed"),
     (KeyError("a mistake of ours"), 1, "unknown", "KeyError: 'a mistake of ours'"),
 ]
 
@@ -127,7 +131,7 @@ def test_another_kind_of_error_ends_the_attempts(storage: Storage) -> None:
 def test_a_person_who_interrupts_is_obeyed(storage: Storage) -> None:
     """Ctrl-C is no failure of the job: no row, no second attempt."""
 
-    def interrupted(attempt: int) -> JobResult:
+    def interrupted(attempt: Attempt) -> JobResult:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -219,7 +223,7 @@ ERRORS = [
 def test_an_error_crosses_processes(error: type[PrunefleetError]) -> None:
     """Ray pickles what a worker raises. An exception that takes two arguments would not come back.
 
-    What it says is read on the other side, and so is whether to try again.
+    What it says is read on the other side, and its kind decides whether to try again.
     """
     sent = error("language.block.7: 3 NaNs")
 
@@ -227,4 +231,4 @@ def test_an_error_crosses_processes(error: type[PrunefleetError]) -> None:
 
     assert type(came) is error
     assert (came.message, str(came)) == (sent.message, "language.block.7: 3 NaNs")
-    assert (came.kind, came.retryable) == (error.kind, error.retryable)
+    assert came.kind == error.kind

@@ -76,7 +76,7 @@ def test_an_unquoted_pattern_is_not_a_time_of_day() -> None:
     assert sweep.grid[0].pattern == ["2:4", "4:8"]
 
 
-KEYS = "calibration, evaluate, exclude, grid, model, name, repair, resources, seed"
+KEYS = ", ".join(sorted(SweepSpec.model_fields))
 METHODS = ", ".join(
     sorted(method.model_fields["name"].default for method in get_args(get_args(MethodSpec)[0]))
 )

@@ -78,17 +78,25 @@ def calibration_batches(
         encoder, spec.dataset, count=spec.num_samples, length=spec.sequence_length, seed=seed
     )
     encoded = sorted(chosen, key=lambda one: len(one["input_ids"]))
-    return _batches(encoded, encoder.pad_id)[ctx.rank :: ctx.world]
+    tokens = ctx.smaller(TOKENS_PER_BATCH)
+    most = ctx.smaller(math.ceil(len(encoded) / MIN_BATCHES))
+    return _batches(encoded, encoder.pad_id, most, tokens)[ctx.rank :: ctx.world]
 
 
-def _batches(encoded: list[dict[str, Tensor]], pad_id: int) -> list[dict[str, Tensor]]:
-    """The same batches for any number of workers, so that they differ in no bit of a product."""
-    most = math.ceil(len(encoded) / MIN_BATCHES)
+def _batches(
+    encoded: list[dict[str, Tensor]], pad_id: int, most: int, tokens: int
+) -> list[dict[str, Tensor]]:
+    """The same batches for any number of workers, so that they differ in no bit of a product.
+
+    Args:
+        most: samples in a batch.
+        tokens: in a batch, unless a single sample has more.
+    """
     batches: list[list[dict[str, Tensor]]] = []
     for one in encoded:  # sorted by length: the newest is the longest of its batch
         with_image = "pixel_values" in one
         size = len(batches[-1]) + 1 if batches else math.inf
-        full = size > most or size * len(one["input_ids"]) > TOKENS_PER_BATCH
+        full = size > most or size * len(one["input_ids"]) > tokens
         if full or with_image != ("pixel_values" in batches[-1][0]):
             batches.append([])
         batches[-1].append(one)

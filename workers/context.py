@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from jobs.errors import StorageError
 from jobs.storage import Storage
+from workers.watchdog import Watchdog
 
 log = logging.getLogger("prunefleet")
 
@@ -38,6 +39,9 @@ class Context:
         self.device = device
         self.rank = 0
         self.world = 1
+        self.memory_rung = 0
+        """How often this attempt halves what it handles at a time: the one before ran out."""
+        self.watchdog = Watchdog()
         self.warnings: list[str] = []
         self.seconds: dict[str, float] = {}
         """Of the current stage, by what was being done."""
@@ -46,12 +50,20 @@ class Context:
     @contextmanager
     def timed(self, activity: str) -> Iterator[None]:
         """Add the block's wall time to `seconds[activity]`."""
+        self.watchdog.beat(activity)
         started = time.perf_counter()
         try:
             yield
         finally:
             passed = time.perf_counter() - started
             self.seconds[activity] = self.seconds.get(activity, 0.0) + passed
+
+    def smaller(self, amount: int) -> int:
+        """How many samples or tokens to handle at a time where memory for `amount` may be short.
+
+        Halved for each rung. It must change results by rounding at most: no key depends on it.
+        """
+        return max(1, amount >> self.memory_rung)
 
     def warn(self, text: str) -> None:
         """Tell the log and the job's row that something was adjusted on the way."""
@@ -60,6 +72,7 @@ class Context:
 
     def progress(self, stage: str, done: int, total: int) -> None:
         """Say how far a stage is. Cheap: at most one small write a second."""
+        self.watchdog.beat(f"{stage} {done} of {total}")
         last_stage, last_time = self._last_progress
         now = time.monotonic()
         if self.rank or (stage == last_stage and now - last_time < PROGRESS_EVERY_S):

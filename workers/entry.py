@@ -3,8 +3,11 @@
 Light on purpose: Ray imports it in helper processes that never need torch.
 """
 
+import os
 import tempfile
+import threading
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +15,16 @@ import ray.train
 
 from jobs.spec import JobSpec
 from jobs.storage import Storage
-from workers.keys import TRAIN_FOLDER
+from workers.keys import TRAIN_FOLDER, stalled_path
+
+LAST_WORD_S = 10.0
 
 
 def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     """Run a job as one of its Train workers.
 
     Args:
-        config: `job`, a JobSpec as a mapping, and `storage`, a URL.
+        config: `job`, a JobSpec as a mapping, `storage`, a URL, and `memory_rung`.
 
     Returns:
         The JobResult as a mapping, see `JobResult.from_mapping`; Ray hands on rank 0's.
@@ -32,7 +37,20 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(job.resources.cpus_per_worker)
     with tempfile.TemporaryDirectory(prefix=f"prunefleet-{job.key}-") as scratch:
         context = _train_context(Storage(config["storage"]), job.key, Path(scratch))
-        return asdict(run_job(job, context))
+        context.memory_rung = config["memory_rung"]
+        limit_s = 60 * job.resources.stalled_after_minutes
+        with context.watchdog.watching(limit_s, partial(_leave, context.storage, job.key)):
+            return asdict(run_job(job, context))
+
+
+def _leave(storage: Storage, job_key: str, diagnosis: str) -> None:
+    """End this process, which may hang in a collective, and leave word why."""
+    word = threading.Thread(
+        target=storage.put, args=(stalled_path(job_key), diagnosis.encode()), daemon=True
+    )
+    word.start()
+    word.join(timeout=LAST_WORD_S)  # it may be the storage that hangs
+    os._exit(1)
 
 
 def _train_context(storage: Storage, job_key: str, scratch: Path) -> Any:

@@ -54,8 +54,9 @@ def _exact_match(
     encoder = Encoder(model)
     mine.sort(key=lambda item: len(item[1].turns[-1][0]))  # little padding within a batch
     records = []
-    for start in range(0, len(mine), spec.batch_size):
-        batch = mine[start : start + spec.batch_size]
+    size = ctx.smaller(spec.batch_size)
+    for start in range(0, len(mine), size):
+        batch = mine[start : start + size]
         answers = generate(model, encoder, [sample for _, sample in batch], spec, ctx)
         for (index, sample), answer in zip(batch, answers, strict=True):
             question, expected = sample.turns[-1]

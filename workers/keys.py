@@ -82,6 +82,11 @@ def stage_path(name: str, key: str) -> str:
     return f"stages/{name}/{key}"
 
 
+def stalled_path(job_key: str) -> str:
+    """What a worker that ended itself for standing still has left for its driver."""
+    return f"progress/{job_key}.stalled"
+
+
 def _statistics_key(job: JobSpec, dense: str) -> str | None:
     if job.prune is None:
         return None

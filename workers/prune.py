@@ -16,7 +16,7 @@ from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 
 from jobs.crash import crash_point
-from jobs.errors import ModelError, StorageError
+from jobs.errors import CorruptError, ModelError
 from jobs.pattern import Pattern, Target
 from jobs.spec import CalibrationSpec, PruneSpec, Tower
 from workers.calibrate import Tap, TowerWalk
@@ -348,12 +348,12 @@ def load_masks(folder: Path, layers: Sequence[Layer]) -> dict[str, Tensor]:
     """The masks of a pruned model folder by layer name; a layer that was left whole has none.
 
     Raises:
-        StorageError: the file is missing or damaged.
+        CorruptError: the file is missing or damaged.
     """
     try:
         packed = load_file(folder / MASKS_FILE)
     except Exception as error:
-        raise StorageError(f"{folder / MASKS_FILE} cannot be read: {error}") from error
+        raise CorruptError(f"{folder / MASKS_FILE} cannot be read: {error}") from error
     return {
         layer.name: unpack_mask(packed[layer.name], tuple(layer.linear.weight.shape))
         for layer in layers

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from jobs.allocation import SlimLLaVASpec
+from jobs.errors import PrunefleetError, known
 from jobs.result import JobResult, Score, Weights
 from jobs.spec import BenchmarkSpec, JobSpec, PruneSpec, RepairSpec
 from workers.allocate import Question, allocate, load_allocation, save_allocation
@@ -55,7 +56,15 @@ def run_job(job: JobSpec, ctx: Context) -> JobResult:
     Raises:
         PrunefleetError: with what went wrong and what to do. Finished stages stay.
     """
-    return _Job(job, ctx).run()
+    try:
+        return _Job(job, ctx).run()
+    except PrunefleetError:
+        raise
+    except Exception as error:
+        explained = known(error)
+        if explained is None:
+            raise
+        raise explained from error
 
 
 class _Job:
@@ -197,7 +206,7 @@ class _Job:
                 pad_id=encoder.pad_id,
                 projector=model.family.projector,
                 targets=load_targets(teacher.folder / TARGETS_FILE) if teacher else None,
-                micro_batch=spec.micro_batch_size,
+                micro_batch=self.ctx.smaller(spec.micro_batch_size),
             )
             if self.ctx.rank == 0:
                 with self.ctx.timed("export"):
@@ -217,7 +226,7 @@ class _Job:
                 samples,
                 pad_id=encoder.pad_id,
                 temperature=spec.temperature,
-                batch_size=spec.micro_batch_size,
+                batch_size=self.ctx.smaller(spec.micro_batch_size),
                 ctx=self.ctx,
             )
             if self.ctx.rank == 0:

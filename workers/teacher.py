@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from jobs.errors import NumericError, StorageError
+from jobs.errors import CorruptError, NumericError
 from workers.context import Context
 from workers.encode import IGNORED_LABEL, collate
 
@@ -119,11 +119,11 @@ def save_targets(targets: Targets, path: Path) -> None:
 
 
 def load_targets(path: Path) -> Targets:
-    """Raises StorageError for a file that is missing or damaged."""
+    """Raises CorruptError for a file that is missing or damaged."""
     try:
         return dict(load_file(path))
     except (OSError, SafetensorError) as error:
-        raise StorageError(f"the distillation targets {path} cannot be read: {error}") from error
+        raise CorruptError(f"the distillation targets {path} cannot be read: {error}") from error
 
 
 def _top(logits_NV: Tensor) -> Targets:
