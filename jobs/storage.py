@@ -31,6 +31,7 @@ from jobs.crash import crash_point
 from jobs.errors import CorruptError, StorageError
 
 DONE = "DONE.json"
+SEAL_BYTES = 32
 CLAIM_PATIENCE_S = 60.0
 """How long a claim may stand on a disk without links before its owner is taken for dead."""
 
@@ -109,6 +110,23 @@ class Storage:
                     _sync(Path(full).parent)
             else:
                 self.filesystem.pipe_file(full, data)
+
+    def put_sealed(self, path: str, data: bytes) -> None:
+        """Write a file with its SHA-256 in front: for what no DONE.json vouches for."""
+        self.put(path, hashlib.sha256(data).digest() + data)
+
+    def read_sealed(self, path: str) -> bytes:
+        """What `put_sealed` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            CorruptError: it has other bytes than were written.
+        """
+        content = self.read_bytes(path)
+        seal, data = content[:SEAL_BYTES], content[SEAL_BYTES:]
+        if hashlib.sha256(data).digest() != seal:
+            raise CorruptError(f"{self._name(path)} is damaged (SHA-256 differs)")
+        return data
 
     def delete(self, path: str) -> None:
         """Delete a file. One that is not there is as good as deleted."""
@@ -308,7 +326,7 @@ class Storage:
                 damage = "is missing"
             elif file.stat().st_size != facts["size"]:
                 damage = f"has {file.stat().st_size} bytes instead of {facts['size']}"
-            elif verify and _sha256(file) != facts["sha256"]:
+            elif verify and sha256_of(file) != facts["sha256"]:
                 damage = f"has other bytes than {DONE} says (SHA-256 differs)"
             else:
                 continue
@@ -444,14 +462,15 @@ def _describe(folder: Path) -> dict[str, dict[str, Any]]:
     return {
         file.relative_to(folder).as_posix(): {
             "size": file.stat().st_size,
-            "sha256": _sha256(file),
+            "sha256": sha256_of(file),
         }
         for file in sorted(folder.rglob("*"))
         if file.is_file() and file != folder / DONE
     }
 
 
-def _sha256(file: Path) -> str:
+def sha256_of(file: Path) -> str:
+    """Hash of a local file, in hexadecimal digits."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

@@ -129,6 +129,8 @@ def run(
 ) -> None:
     """Run what a sweep's leaderboard lacks. Run it again: nothing is computed twice."""
     jobs, place = jobs_of(sweep), Storage(storage)
+    for path in board.discard_damaged(place, {job.key for job in jobs}):
+        _print_line(f"{place.url}/{path} was damaged and is deleted; its job runs again")
     settled = board.published_keys(place)
     missing = [job for job in jobs if settled.get(job.key) != "complete"]
     _print_line(

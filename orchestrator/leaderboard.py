@@ -28,7 +28,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -212,6 +212,36 @@ def compact(storage: Storage) -> int:
     return len(read.inputs)
 
 
+def discard_damaged(storage: Storage, keys: Collection[str]) -> list[str]:
+    """Delete the row files of these jobs that cannot be read: those jobs have no result.
+
+    Returns:
+        The paths of the files.
+    """
+    versions, generation = storage.versions(ROWS), _newest_generation(storage)
+    suspects = [
+        path
+        for key, path in _visible(versions).items()
+        if key in keys and generation.inputs.get(path) != versions[path]
+    ]
+    with ThreadPoolExecutor(8) as pool:
+        damaged = pool.map(lambda path: _is_damaged(storage, path), suspects)
+        found = [path for path, is_damaged in zip(suspects, damaged, strict=True) if is_damaged]
+    for path in found:
+        storage.delete(path)
+    return found
+
+
+def _is_damaged(storage: Storage, path: str) -> bool:
+    try:
+        _parsed(storage.read_bytes(path))
+    except FileNotFoundError:
+        return False
+    except (pa.ArrowException, OSError):
+        return True
+    return False
+
+
 def row_path(job_key: str, status: Status) -> str:
     """Where a job's rows lie in the storage."""
     if not re.fullmatch(r"[0-9a-f]{8,64}", job_key):
@@ -387,9 +417,7 @@ def _read_loose(storage: Storage, paths: list[str]) -> dict[str, pa.Table]:
 def _read_table(storage: Storage, path: str) -> pa.Table | None:
     """None if the file is gone by now, or broken: then with a warning."""
     try:
-        data = pa.BufferReader(storage.read_bytes(path))
-        file = pq.ParquetFile(data, page_checksum_verification=True)
-        return _conformed(file.read(use_threads=False))  # small, and many are read at once
+        return _parsed(storage.read_bytes(path))
     except FileNotFoundError:
         return None
     except (pa.ArrowException, OSError) as error:
@@ -399,6 +427,12 @@ def _read_table(storage: Storage, path: str) -> pa.Table | None:
             stacklevel=2,
         )
         return None
+
+
+def _parsed(data: bytes) -> pa.Table:
+    """Raises pa.ArrowException or OSError for what is no parquet file, or a damaged one."""
+    file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+    return _conformed(file.read(use_threads=False))  # small, and many are read at once
 
 
 def _conformed(table: pa.Table) -> pa.Table:

@@ -4,6 +4,7 @@ A stage runs the same inline (this module's `Context`) and on Ray Train (`worker
 subclasses it); torch.distributed is initialised whenever `world` is more than 1.
 """
 
+import hashlib
 import json
 import logging
 import shutil
@@ -16,8 +17,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from jobs.errors import StorageError
-from jobs.storage import Storage
+from jobs.crash import crash_point
+from jobs.errors import CorruptError
+from jobs.storage import Storage, sha256_of
 from workers.watchdog import Watchdog
 
 log = logging.getLogger("prunefleet")
@@ -109,37 +111,56 @@ class Context:
             step: how far it is. Higher is newer.
             folder: this rank's files; file names of different ranks must differ.
         """
+        files = {file.name: sha256_of(file) for file in sorted(folder.iterdir())}
         where = self._store_checkpoint(stage, step, folder)
-        self.barrier()
+        by_rank = self.gather(files)  # also a barrier: by now every part is there
         if self.rank == 0:
-            pointers = [*self._pointers(stage), {"step": step, "path": where}]
-            self.storage.put(
-                _pointer_path(stage), json.dumps(pointers[-CHECKPOINTS_KEPT:]).encode()
-            )
+            everything = {name: sha for part in by_rank for name, sha in part.items()}
+            newest = {"step": step, "path": where, "files": everything}
+            pointers = [*self._pointers(stage), newest]
+            self._point_to(stage, pointers[-CHECKPOINTS_KEPT:])
+            crash_point("after checkpoint")
             for outdated in pointers[:-CHECKPOINTS_KEPT]:
                 self.storage.remove_folder(outdated["path"])
         self.barrier()
 
     def latest_checkpoint(self, stage: str) -> tuple[int, Path] | None:
-        """The newest checkpoint of a stage, as a local folder with every rank's files."""
-        pointers = self._pointers(stage)
-        if not pointers:
-            return None
-        newest = pointers[-1]
-        target = self.scratch / f"checkpoint-{stage}-{newest['step']}-{self.rank}"
-        shutil.rmtree(target, ignore_errors=True)
-        target.mkdir(parents=True)
-        names = self.storage.list(newest["path"])
-        for name in names:
-            (target / name.rsplit("/", 1)[-1]).write_bytes(self.storage.read_bytes(name))
-        return int(newest["step"]), target
+        """The newest sound checkpoint of a stage, as a local folder with every rank's files.
+
+        A damaged one is dropped for the one before it. Every rank gets the same answer.
+        """
+        while pointers := self.from_rank_0(self._pointers(stage) if self.rank == 0 else None):
+            newest = pointers[-1]
+            folder = self.scratch / f"checkpoint-{stage}-{newest['step']}-{self.rank}"
+            problems = [text for text in self.gather(self._fetch(newest, folder)) if text]
+            if not problems:
+                return int(newest["step"]), folder
+            self.warn(
+                f"the checkpoint of step {newest['step']} is damaged, going back: {problems[0]}"
+            )
+            self.drop_checkpoint(stage, newest["step"])
+        return None
+
+    def _fetch(self, pointer: dict[str, Any], folder: Path) -> str:
+        """Copy a checkpoint's files to a local folder. Returns what is wrong with them, or ""."""
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        for name, sha in pointer["files"].items():
+            try:
+                data = self.storage.read_bytes(f"{pointer['path']}/{name}")
+            except FileNotFoundError:
+                return f"{name} is missing"
+            if hashlib.sha256(data).hexdigest() != sha:
+                return f"{name} has other bytes than were written (SHA-256 differs)"
+            (folder / name).write_bytes(data)
+        return ""
 
     def drop_checkpoint(self, stage: str, step: int) -> None:
         """Forget a damaged checkpoint, so that `latest_checkpoint` gives the one before it."""
         self.barrier()
         if self.rank == 0:
             kept = [pointer for pointer in self._pointers(stage) if pointer["step"] != step]
-            self.storage.put(_pointer_path(stage), json.dumps(kept).encode())
+            self._point_to(stage, kept)
         self.barrier()
 
     def forget_checkpoints(self, stage: str) -> None:
@@ -156,12 +177,16 @@ class Context:
         return where
 
     def _pointers(self, stage: str) -> list[dict[str, Any]]:
-        path = _pointer_path(stage)
         try:
-            return list(self.storage.read_json(path)) if self.storage.exists(path) else []
-        except (StorageError, ValueError):
-            self.warn(f"{path} is damaged; the stage starts over")
+            return list(json.loads(self.storage.read_sealed(_pointer_path(stage))))
+        except FileNotFoundError:
             return []
+        except CorruptError as error:
+            self.warn(f"{error.message}; the stage starts over")
+            return []
+
+    def _point_to(self, stage: str, pointers: list[dict[str, Any]]) -> None:
+        self.storage.put_sealed(_pointer_path(stage), json.dumps(pointers).encode())
 
 
 def progress_path(job_key: str) -> str:
@@ -169,7 +194,7 @@ def progress_path(job_key: str) -> str:
 
 
 def _pointer_path(stage: str) -> str:
-    return f"work/{stage}/LAST.json"
+    return f"work/{stage}/LAST"
 
 
 @contextmanager

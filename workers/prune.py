@@ -289,7 +289,7 @@ class _FinishedBlocks:
         tensors = {f"{layer.name}/weight": layer.linear.weight.data.cpu() for layer in layers}
         tensors |= {f"{name}/mask": pack_mask(mask) for name, mask in masks.items()}
         metadata = {"reports": json.dumps([asdict(report) for report in reports])}
-        self.ctx.storage.put(self._path(tower, index), save(tensors, metadata))
+        self.ctx.storage.put_sealed(self._path(tower, index), save(tensors, metadata))
 
     def restore(
         self, tower: Tower, index: int, layers: Sequence[Layer]
@@ -312,15 +312,13 @@ class _FinishedBlocks:
         return masks, reports
 
     def _read(self, path: str) -> bytes | None:
-        if not self.ctx.storage.exists(path):
-            return None
-        content = self.ctx.storage.read_bytes(path)
         try:
-            load(content)
-        except Exception as error:  # safetensors has no public error class for each way to be bad
-            self.ctx.warn(f"{path} is damaged ({error}); the block is pruned again")
+            return self.ctx.storage.read_sealed(path)
+        except FileNotFoundError:
             return None
-        return content
+        except CorruptError as error:
+            self.ctx.warn(f"{error.message}; the block is pruned again")
+            return None
 
     def _path(self, tower: Tower, index: int) -> str:
         return f"{self.folder}/{tower}-{index:03d}.safetensors"

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
@@ -135,7 +134,7 @@ class _Training:
 
     def run(self) -> RepairReport:
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        checkpoint = _newest_sound_checkpoint(self.ctx, self.stage)
+        checkpoint = _newest_checkpoint(self.ctx, self.stage)
         if checkpoint is not None:
             _load_weights(trained, checkpoint)
             self.losses = checkpoint.state["losses"].tolist()
@@ -321,21 +320,15 @@ def _state_file(ctx: Context) -> str:
     return f"optimizer-{ctx.rank}-of-{ctx.world}.safetensors"
 
 
-def _newest_sound_checkpoint(ctx: Context, stage: str) -> _Checkpoint | None:
-    """Drop checkpoints until every rank can read one: a damaged file must not end the job."""
+def _newest_checkpoint(ctx: Context, stage: str) -> _Checkpoint | None:
+    """The newest that this number of workers can go on from: each has written its share."""
     while (latest := ctx.latest_checkpoint(stage)) is not None:
         step, folder = latest
-        checkpoint, problem = None, ""
-        try:
-            checkpoint = _Checkpoint(
+        if (folder / _state_file(ctx)).exists():
+            return _Checkpoint(
                 load_file(folder / WEIGHTS_FILE), load_file(folder / _state_file(ctx))
             )
-        except (OSError, SafetensorError) as error:
-            problem = f"{type(error).__name__}: {error}"
-        problems = [text for text in ctx.gather(problem) if text]
-        if not problems:
-            return checkpoint
-        ctx.warn(f"repair: the checkpoint of step {step} is damaged, going back ({problems[0]})")
+        ctx.warn(f"repair: the checkpoint of step {step} is of another number of workers")
         ctx.drop_checkpoint(stage, step)
     return None
 

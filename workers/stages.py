@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.crash import crash_point
-from jobs.errors import StorageError
+from jobs.errors import CorruptError, StorageError
 from jobs.storage import Storage
 from workers.context import Context
 from workers.keys import stage_path
@@ -92,8 +92,8 @@ def _is_sound(ctx: Context, path: str) -> bool:
     if not ctx.storage.is_published(path):
         return False
     try:
-        ctx.storage.fetch_folder(path, ctx.scratch / "fetched")
-    except StorageError as error:
+        ctx.storage.fetch_folder(path, ctx.scratch / "fetched", verify=True)
+    except CorruptError as error:
         ctx.warn(f"{error.message}; it is computed again")
         ctx.storage.remove_folder(path)
         return False
