@@ -21,10 +21,18 @@ class MethodOptions(BaseModel):
     """Weight of staying near the trained weights, as a share of each input's own energy. Raise it
     to 0.1 where there are fewer calibration tokens than 4 times the inputs."""
 
+    bias: Literal["keep", "compensate"] = "keep"
+    """`compensate`: afterwards a layer's bias takes up what the pruned weights change in the mean
+    of its outputs. Layers without a bias stay as they are: most language towers have none."""
+
     @property
     def needs_statistics(self) -> bool:
         """Whether calibration has to run."""
-        return self.saliency_needs_statistics or self.reconstruct != "none"
+        return (
+            self.saliency_needs_statistics
+            or self.reconstruct != "none"
+            or self.bias == "compensate"
+        )
 
 
 class DenseSpec(MethodOptions):
@@ -32,6 +40,7 @@ class DenseSpec(MethodOptions):
 
     name: Literal["dense"] = "dense"
     reconstruct: Literal["none"] = "none"
+    bias: Literal["keep"] = "keep"
     saliency_needs_statistics: ClassVar[bool] = False
 
 

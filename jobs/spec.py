@@ -9,7 +9,7 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from jobs.allocation import AllocationSpec, UniformSpec
 from jobs.methods import MethodSpec
@@ -85,11 +85,56 @@ class CalibrationSpec(Spec):
     """Image-text pairs (or text windows) run through the model. More steadies the Hessian."""
     sequence_length: int = Field(default=512, ge=8)
     """Tokens per window of plain text."""
-    propagate: Literal["pruned", "dense"] = "pruned"
-    """Which activations a block is calibrated on: those that passed through the pruned blocks
-    before it (the papers), or the dense model's, computed once for the whole grid."""
+    propagate: Literal["pruned", "true_sequential", "dense"] = "pruned"
+    """Which activations a layer is calibrated on. `pruned`: those that passed through the pruned
+    blocks before its own (the papers). `true_sequential`: also through the pruned layers before it
+    in its own block; each block runs once rather than twice, holding the inputs of the layer in
+    work for all samples. `dense`: the dense model's, computed once for the whole grid."""
+    tokens: Literal["all", "text", "atv"] = "all"
+    """Which tokens count in the language tower: `all`; `text`; or `atv`, the text and in each block
+    the visual tokens that it changes most (arXiv:2603.16001). The vision tower uses all its own."""
+    atv_alpha: float = Field(default=1.0, gt=0)
+    """`atv`: a sample adds min(1, alpha * mean drift) visual tokens per text token."""
+    text_weight: float = Field(default=1.0, ge=0)
+    """Weight of a text token in the language tower's statistics; 0 leaves text out. Only its ratio
+    to `visual_weight` matters, except to DSnoT, whose `stop_below` is absolute."""
     visual_weight: float = Field(default=1.0, ge=0)
-    """Weight of the visual tokens in the language tower's statistics; text tokens count 1."""
+    """Weight of a visual token in the language tower's statistics; 0 leaves them out."""
+
+    @model_validator(mode="after")
+    def _tokens_fit_together(self) -> "CalibrationSpec":
+        if self.tokens == "text" and self.visual_weight != 1:
+            raise ValueError("`tokens: text` leaves visual tokens out, so visual_weight has no say")
+        if self.tokens != "atv" and self.atv_alpha != 1:
+            raise ValueError(f"atv_alpha is for `tokens: atv`, and tokens is {self.tokens!r}")
+        if not any(self.weights.values()):
+            raise ValueError(f"tokens {self.tokens!r} with these weights leaves no token to count")
+        if self.dataset.is_text and self.text_weight == 0:
+            raise ValueError(f"{self.dataset.label} has only text tokens, and text_weight is 0")
+        return self
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of a token in the language tower's statistics, by modality."""
+        visual_weight = 0.0 if self.tokens == "text" else self.visual_weight
+        return {"text": self.text_weight, "visual": visual_weight}
+
+    @property
+    def tokens_label(self) -> str:
+        """For tables: `all`, `text`, `visual`, `atv`; with weights as `all 1:0.05`, text first."""
+        if self.text_weight == 0:
+            return "visual" if self.tokens == "all" else f"{self.tokens} visual"
+        text, visual = self.weights.values()
+        ratio = "" if visual in (text, 0) else f" {text:g}:{visual:g}"
+        alpha = f" alpha {self.atv_alpha:g}" if self.atv_alpha != 1 else ""
+        name = "text" if visual == 0 else self.tokens
+        return name + alpha + ratio
+
+    def unmixed(self) -> "CalibrationSpec":
+        """What the dense model's statistics depend on: not how text and visual ones are mixed."""
+        tokens: Literal["all", "atv"] = "atv" if self.tokens == "atv" else "all"
+        changes = {"propagate": "dense", "tokens": tokens, "text_weight": 1.0, "visual_weight": 1.0}
+        return self.model_copy(update=changes)
 
 
 class PruneSpec(Spec):

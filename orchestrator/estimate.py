@@ -58,7 +58,8 @@ def _flops(stage: str, job: JobSpec, facts: ModelFacts) -> float:
     if stage in ("statistics", "prune") and job.is_calibrated:
         grams = sum(2.0 * inputs * inputs for _, _, inputs in facts.prunable.values())
         solve = sum(4.0 * outputs * inputs**2 for _, outputs, inputs in facts.prunable.values())
-        return calibration.num_samples * tokens * (2 * forward + grams) + solve
+        passes = 2 if calibration.propagate == "pruned" else 1
+        return calibration.num_samples * tokens * (passes * forward + grams) + solve
     if job.repair is not None and stage in ("teacher", "repair"):
         samples = job.repair.num_steps * job.repair.batch_size
         return samples * tokens * forward * (1 if stage == "teacher" else 4)
@@ -71,6 +72,8 @@ def _memory_gib(job: JobSpec, facts: ModelFacts, *, bytes_per_param: int) -> flo
     needed = facts.num_params * bytes_per_param * 1.5  # the model, and half of it while saving
     if job.is_calibrated:
         width = min(inputs for _, _, inputs in facts.prunable.values())
+        if job.calibration.propagate == "true_sequential":
+            width += widest  # the inputs of the layer in work
         needed += 6 * widest**2 * 4 + job.calibration.num_samples * tokens * width * bytes_per_param
     if job.repair is not None:
         per_sample = tokens * widest * bytes_per_param * len(facts.prunable)

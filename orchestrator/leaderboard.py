@@ -80,6 +80,8 @@ _FACTS = {
     "towers": pa.string(),
     "allocation": pa.string(),
     "propagate": pa.string(),
+    "samples": pa.int64(),  # of the calibration
+    "tokens": pa.string(),  # which of them count in the language tower
     "repair": pa.string(),
     "seed": pa.int64(),
     "seconds_load": pa.float64(),
@@ -94,6 +96,7 @@ _FACTS = {
     "peak_memory_gib": pa.float64(),
     "device": pa.string(),
     "num_workers": pa.int64(),
+    "tokens_per_input_min": pa.float64(),  # of all pruned layers; below 1 a Gram lacks rank
     "damping_max": pa.float64(),  # the largest that a Hessian needed
     "layer_error_mean": pa.float64(),
     "export": pa.string(),  # URI of the pruned (or repaired) model

@@ -126,6 +126,8 @@ def job_columns(job: JobSpec) -> dict[str, Any]:
         "towers": "+".join(asked) or None,
         "allocation": job.prune.allocation.name,
         "propagate": job.calibration.propagate if job.prune.method.needs_statistics else None,
+        "samples": job.calibration.num_samples if job.is_calibrated else None,
+        "tokens": job.calibration.tokens_label if job.is_calibrated else None,
     }
 
 

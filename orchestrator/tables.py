@@ -14,15 +14,8 @@ from rich.console import Console
 from jobs.result import Weights
 
 JOB_COLUMNS = (
-    "model",
-    "method",
-    "pattern",
-    "allocation",
-    "propagate",
-    "vision",
-    "language",
-    "repair",
-    "seed",
+    *("model", "method", "pattern", "allocation", "propagate", "samples", "tokens"),
+    *("vision", "language", "repair", "seed"),
 )
 """What tells jobs apart. A column in which all agree is said once, above the table."""
 
@@ -84,6 +77,8 @@ def _cells(rows: list[Row]) -> dict[str, str]:
         "pattern": _text(job["pattern"]),
         "allocation": _text(job["allocation"]),
         "propagate": _text(job["propagate"]),
+        "samples": _text(job["samples"]),
+        "tokens": _text(job["tokens"]),
         "vision": _sparsity(job["sparsity_vision_asked"], job["sparsity_vision"]),
         "language": _sparsity(job["sparsity_language_asked"], job["sparsity_language"]),
         "repair": _text(job["repair"]),

@@ -62,7 +62,7 @@ def test_a_family_shares_statistics_by_the_tensor_that_layers_read(
     model = load_model(make_tiny(family, tmp_path / family), device=CPU)
     batches = calibration_batches(model, calibration(family), 0, ctx)
 
-    taps = TowerWalk(model, "language", batches, ctx).statistics()
+    taps = TowerWalk(model, "language", batches, calibration(family), ctx).statistics()
 
     names = [sorted(layer.name.rsplit(".", 1)[1] for layer in tap.layers) for tap in taps]
     assert sorted(names) == [
@@ -94,7 +94,7 @@ def test_text_and_visual_tokens_are_counted_apart_and_padding_not_at_all(
     model = load_model(make_tiny("llava-clip", tmp_path / "m"), device=CPU)
     batches = calibration_batches(model, calibration("llava-clip", 24), 0, ctx)
 
-    tap = TowerWalk(model, "language", batches, ctx).statistics()[0]
+    tap = TowerWalk(model, "language", batches, CalibrationSpec(), ctx).statistics()[0]
 
     num_tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
     assert tap.statistics["visual"].num_tokens == 24 * 16
@@ -114,7 +114,7 @@ def test_calibration_sees_the_pruned_blocks_before_it(tmp_path: Path, ctx: Conte
     by_hand = load_model(folder, device=CPU)
     first, second = by_hand.blocks("language")
     first.load_state_dict(model.blocks("language")[0].state_dict())
-    walk = TowerWalk(by_hand, "language", batches, ctx)
+    walk = TowerWalk(by_hand, "language", batches, settings, ctx)
     walk.advance()
     from workers.prune import prune_taps, uniform_sparsity
 

@@ -17,7 +17,7 @@ from jobs.crash import CRASH_EXIT_CODE
 from jobs.errors import ModelError
 from jobs.methods import SparseGPTSpec
 from jobs.pattern import Target
-from jobs.spec import JobSpec
+from jobs.spec import CalibrationSpec, JobSpec
 from jobs.storage import Storage
 from jobs.sweep import parse_sweep
 from orchestrator.plan import make_plan
@@ -92,7 +92,7 @@ def test_the_bank_holds_what_pruning_alone_gives(whole: tuple[Path, JobSpec, Any
     taps = load_taps(statistics, {layer.name: layer for layer in layers}, context)
     tap = next(tap for tap in taps if len(tap.layers) == 3)
     alone = [
-        prune(layer.linear.weight, tap.mixed(1.0), Target(0.6), SparseGPTSpec())
+        prune(layer.linear.weight, tap.mixed(CalibrationSpec()), Target(0.6), SparseGPTSpec())
         for layer in tap.layers
     ]
 

@@ -91,7 +91,8 @@ MISTAKES = {
     "nested key": (
         {"calibration": "{num_sample: 3}"},
         "calibration.num_sample: unknown key 'num_sample'. Did you mean 'num_samples'? "
-        "Known: dataset, num_samples, propagate, sequence_length, visual_weight",
+        "Known: atv_alpha, dataset, num_samples, propagate, sequence_length, text_weight, tokens, "
+        "visual_weight",
     ),
     "method": (
         {"grid": "{method: sparse_gpt, sparsity: 0.5}"},

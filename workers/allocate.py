@@ -232,7 +232,7 @@ def block_saliency(question: Question, tower: Tower, index: int) -> dict[str, Te
     }
     saliency: dict[str, Tensor] = {}
     for tap in load_taps(statistics_file(question.statistics, tower, index), layers, question.ctx):
-        statistics = tap.mixed(question.calibration.visual_weight)
+        statistics = tap.mixed(question.calibration)
         assert statistics is not None
         for layer in tap.layers:
             saliency[layer.name] = wanda_saliency(layer.linear.weight, statistics.input_norm_I)

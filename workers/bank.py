@@ -82,7 +82,7 @@ def _prune_block(
     tensors: dict[str, Tensor] = {}
     norms: dict[str, float] = {}
     for tap in taps:
-        statistics = tap.mixed(calibration.visual_weight)
+        statistics = tap.mixed(calibration)
         for layer in tap.layers:
             weight_OI = layer.linear.weight.data
             norms[layer.name] = _norm(weight_OI)

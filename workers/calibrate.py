@@ -1,28 +1,32 @@
 """Run calibration samples through a tower, block by block, and sum up what its layers read.
 
-A `TowerWalk` holds every batch's activations in front of one block. `statistics()` runs the block
-once and adds up the inputs of its layers; `advance()` runs it again, by then pruned, and moves on.
-Layers that read one tensor (q, k and v) form a tap and share their statistics: taps are found by
-the identity of the input tensor, not by name.
+A `TowerWalk` holds every batch's activations in front of one block. Either it runs the block twice,
+to add up the inputs of all its layers and, once they are pruned, to move on; or true-sequentially,
+once, and stops in front of every layer until it is pruned (`workers/staged.py`). Layers that read
+one tensor (q, k and v) form a tap and share their statistics: taps are found by the identity of the
+input tensor, not by name.
 
 Shape letters: B samples in a batch, T tokens, D model width, I input features.
 """
 
 import inspect
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from jobs.errors import DataError, NumericError
+from jobs.errors import DataError, ModelError, NumericError
 from jobs.spec import CalibrationSpec, Tower
+from workers.atv import Drift, share_of_text
 from workers.context import Context
 from workers.encode import Encoded, Encoder, collate
 from workers.models import Layer, VisionLanguageModel
+from workers.staged import StoppedPass, stops
 from workers.statistics import Statistics, mix
 
 TOKENS_PER_BATCH = 8192
@@ -34,6 +38,8 @@ MIN_BATCHES = 8
 MODALITIES = ("text", "visual")
 Modality = str
 TapStatistics = dict[Modality, Statistics]
+Tokens = Mapping[Modality, Tensor | None]
+"""Which tokens of a batch count, by modality: bool, (B, T). None: all."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +50,16 @@ class Tap:
     statistics: TapStatistics
     """By modality, "text" and "visual". Empty for methods that need none."""
 
-    def mixed(self, visual_weight: float) -> Statistics | None:
-        """One statistic of both modalities, a visual token counted `visual_weight` times.
+    def mixed(self, calibration: CalibrationSpec) -> Statistics | None:
+        """One statistic of both modalities: each token with its weight, in a vision tower with 1.
 
         Raises:
             NumericError: NaN or infinity, or no token of any weight reached this input.
         """
         if not self.statistics:
             return None
-        weights = {"text": 1.0, "visual": visual_weight}
+        is_vision = self.layers[0].tower == "vision"
+        weights = dict.fromkeys(MODALITIES, 1.0) if is_vision else calibration.weights
         present = {
             name: part
             for name, part in self.statistics.items()
@@ -103,14 +110,54 @@ def _batches(
     return [collate(batch, pad_id) for batch in batches]
 
 
+@dataclass
+class _Batch:
+    """One batch in front of a block."""
+
+    hidden: Tensor
+    """What the block reads, (B, T, D)."""
+    arguments: dict[str, Any]
+    """The block's other arguments, the same for every block."""
+    tokens: Tokens
+
+    def without_visual(self) -> "_Batch":
+        return replace(self, tokens={"text": self.tokens["text"]})
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What ATV keeps of a batch until it knows how many visual tokens it wants."""
+
+    drift: Drift
+    inputs: dict[tuple[str, ...], Tensor]
+    """By tap, the inputs of the `drift.most()`: at most one visual token per text token."""
+
+    @classmethod
+    def of(cls, drift: Drift, taps: Mapping[tuple[str, ...], Tensor]) -> "_Held":
+        most = drift.most().reshape(-1)
+        return cls(drift, {names: x.reshape(-1, x.shape[-1])[most] for names, x in taps.items()})
+
+
+def _drift(batch: _Batch, output: Tensor) -> Drift:
+    is_text_BT, is_visual_BT = batch.tokens["text"], batch.tokens["visual"]
+    assert is_text_BT is not None
+    assert is_visual_BT is not None
+    return Drift.of(batch.hidden, output, is_text_BT, is_visual_BT)
+
+
 class TowerWalk:
-    """The activations of all calibration batches in front of one block of a tower."""
+    """The activations of all calibration batches in front of one block of a tower.
+
+    `stages` gives the block's taps as they are to be pruned, and moves on. `statistics` and
+    `advance` are for whoever wants one without the other.
+    """
 
     def __init__(
         self,
         model: VisionLanguageModel,
         tower: Tower,
         batches: Sequence[dict[str, Tensor]],
+        calibration: CalibrationSpec,
         ctx: Context,
     ) -> None:
         """Run the model up to the tower's first block.
@@ -119,51 +166,69 @@ class TowerWalk:
             DataError: no batch reaches the tower: a vision tower and samples without images.
         """
         self.ctx = ctx
+        self.tower = tower
+        self.calibration = calibration
         self.blocks = model.blocks(tower)
-        self.layers_by_block: list[list[Layer]] = [[] for _ in self.blocks]
+        self.layers_by_block: list[dict[str, Layer]] = [{} for _ in self.blocks]
         for layer in model.layers(tower):
-            self.layers_by_block[layer.block].append(layer)
+            self.layers_by_block[layer.block][layer.name] = layer
         self.index = 0
-        self.hidden: list[Tensor] = []
-        self._arguments: list[dict[str, Any]] = []
-        self._is_visual: list[Tensor | None] = []
-        self._is_token: list[Tensor | None] = []
-        for batch in batches:
-            self._capture(model, tower, batch)
-        if sum(ctx.gather(len(self.hidden))) == 0:
+        self.batches: list[_Batch] = []
+        self._orders: dict[tuple[str, ...], list[tuple[int, ...]]] = {}
+        """By the names of a block's layers: its taps in the order they run, as positions."""
+        with ctx.timed("calibrate"):
+            for batch in batches:
+                self._capture(model, batch)
+        if sum(ctx.gather(len(self.batches))) == 0:
             raise DataError(
                 f"no calibration sample reaches the {tower} tower: calibrate it on samples with "
                 "images, or leave it out of `towers`"
             )
 
     @torch.no_grad()
-    def _capture(self, model: VisionLanguageModel, tower: Tower, batch: dict[str, Tensor]) -> None:
+    def _capture(self, model: VisionLanguageModel, batch: dict[str, Tensor]) -> None:
         inputs = {name: value.to(self.ctx.device) for name, value in batch.items()}
         inputs.pop("labels")
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-        elif tower == "vision":
+        elif self.tower == "vision":
             return
 
         def stop(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             named = inspect.signature(block.forward).bind_partial(*args, **kwargs)
             raise _ReachedBlock(_flatten(named))
 
+        tokens: Tokens = {"visual": None}
+        if self.tower == "language":
+            is_token_BT = inputs["attention_mask"].bool()
+            image = -1 if model.image_token_id is None else model.image_token_id
+            is_visual_BT = inputs["input_ids"] == image
+            tokens = {"text": is_token_BT & ~is_visual_BT, "visual": is_token_BT & is_visual_BT}
         handle = self.blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
         try:
             model.module(**inputs, use_cache=False)
         except _ReachedBlock as reached:
-            self.hidden.append(reached.arguments.pop("hidden_states"))
-            self._arguments.append(reached.arguments)
+            hidden = reached.arguments.pop("hidden_states")
+            self.batches.append(_Batch(hidden, reached.arguments, tokens))
         finally:
             handle.remove()
-        is_language = tower == "language"
-        self._is_token.append(inputs["attention_mask"].bool() if is_language else None)
-        self._is_visual.append(
-            inputs["input_ids"] == (-1 if model.image_token_id is None else model.image_token_id)
-            if is_language
-            else None
-        )
+
+    @property
+    def layers(self) -> dict[str, Layer]:
+        """Of the current block, by name."""
+        return self.layers_by_block[self.index]
+
+    def stages(self) -> Iterator[list[Tap]]:
+        """The current block's taps, those to prune at a time; afterwards, the next block.
+
+        Whoever iterates prunes what it was given before asking for more: all taps of the block at
+        once, or, true-sequentially, tap by tap in the order they run.
+        """
+        if self.calibration.propagate == "true_sequential":
+            yield from self._tap_by_tap()
+        else:
+            yield self.statistics()
+            self.advance()
 
     @torch.no_grad()
     def statistics(self, *, advance: bool = False) -> list[Tap]:
@@ -172,65 +237,174 @@ class TowerWalk:
         Args:
             advance: also keep the block's outputs and move on to the next block, for statistics
                 of the dense model: each block then runs once.
+
+        Raises:
+            ModelError: a layer of the block that the forward pass leaves out.
         """
-        layers = {layer.name: layer for layer in self.layers_by_block[self.index]}
-        taps: dict[tuple[str, ...], TapStatistics] = {}
-        for number, hidden in enumerate(self.hidden):
-            inputs, output = self._run_watched(layers, number, hidden)
-            for names, tensor in _group_by_identity(inputs).items():
-                parts = taps.setdefault(names, _empty(tensor))
-                self._add(parts, tensor, number)
-            if advance:
-                self.hidden[number] = output
+        sums: dict[tuple[str, ...], TapStatistics] = {}
+        held: list[_Held] = []
+        with self.ctx.timed("calibrate"):
+            for batch in self.batches:
+                inputs, output = self._run_watched(batch)
+                taps = _group_by_identity(inputs)
+                for names, tensor in taps.items():
+                    parts = sums.setdefault(names, self._no_sums(names))
+                    self._add(parts, tensor, batch.without_visual() if self._is_atv else batch)
+                if self._is_atv:
+                    held.append(_Held.of(_drift(batch, output), taps))
+                if advance:
+                    batch.hidden = output
+            self._add_held(sums, held)
+            everyones = self.ctx.gather(list(sums))
+            found = sorted({names for each in everyones for names in each})
+            self._check_all_ran(found)
+            merged = [self._tap(names, sums.get(names)) for names in found]
         self.index += int(advance)
-        found = self.ctx.gather({names: _width(parts) for names, parts in taps.items()})
-        for names, width in {k: v for each in found for k, v in each.items()}.items():
-            if names not in taps:  # this worker had no batch
-                taps[names] = _empty(torch.empty(0, width, device=self.ctx.device))
-        merged = {names: _sum_over_workers(taps[names], self.ctx) for names in sorted(taps)}
-        return [
-            Tap(tuple(layers[name] for name in names), parts) for names, parts in merged.items()
-        ]
+        return merged
 
     @torch.no_grad()
     def advance(self) -> None:
-        """Run the current block, as it now is, and stand in front of the next."""
-        for number, hidden in enumerate(self.hidden):
-            self.hidden[number] = self._run(number, hidden)
+        """Run the current block, as it now is, and stand in front of the next, if there is one."""
+        with self.ctx.timed("calibrate"):
+            if self.index + 1 < len(self.blocks):
+                for batch in self.batches:
+                    batch.hidden = self._run(batch)
         self.index += 1
 
-    def _run(self, number: int, hidden: Tensor) -> Tensor:
+    @torch.no_grad()
+    def _tap_by_tap(self) -> Iterator[list[Tap]]:
+        """One forward pass of every batch through the block, stopped in front of each tap.
+
+        Until they go on, the passes hold what the block keeps at that point, for all samples of
+        this worker: its residual, the tap's input, and in attention q, k and v.
+
+        Raises:
+            ModelError: a layer of the block that the forward pass leaves out, or one that runs at
+                another point for one batch than for another.
+        """
+        with self.ctx.timed("calibrate"):
+            order = self._order_of_taps()
+            chosen = self._choose_ahead()
+            passes = [StoppedPass(partial(self._run, batch)) for batch in self.batches]
+        linears = {name: layer.linear for name, layer in self.layers.items()}
+        with stops(linears, {name: names for names in order for name in names}) as pruned:
+            for names in order:
+                with self.ctx.timed("calibrate"):
+                    sums = self._no_sums(names)
+                    for each, batch in zip(passes, chosen, strict=True):
+                        self._add(sums, each.run_to(names), batch)
+                    tap = self._tap(names, sums)
+                yield [tap]
+                pruned.update(names)
+            if self.index + 1 < len(self.blocks):
+                with self.ctx.timed("calibrate"):
+                    for batch, each in zip(self.batches, passes, strict=True):
+                        batch.hidden = each.run_to_end()
+        self.index += 1
+
+    def _order_of_taps(self) -> list[tuple[str, ...]]:
+        """The block's taps in the order they run.
+
+        Found by running one batch through the first block whose layers have these names.
+        """
+        names = list(self.layers)
+        alike = tuple(name.replace(f".{self.index}.", ".", 1) for name in names)
+        if alike not in self._orders:
+            mine = None
+            if self.batches:
+                inputs, _ = self._run_watched(self.batches[0])
+                mine = list(_group_by_identity(inputs))
+            found: list[tuple[str, ...]] = next(each for each in self.ctx.gather(mine) if each)
+            self._check_all_ran(found)
+            self._orders[alike] = [tuple(map(names.index, tap)) for tap in found]
+        return [tuple(names[i] for i in tap) for tap in self._orders[alike]]
+
+    def _check_all_ran(self, taps: Sequence[tuple[str, ...]]) -> None:
+        missing = self.layers.keys() - {name for names in taps for name in names}
+        if missing:
+            raise ModelError(
+                f"{min(missing)}: the block's forward pass leaves this layer out, so it cannot be "
+                f"calibrated ({len(missing)} such layers)"
+            )
+
+    def _choose_ahead(self) -> list["_Batch"]:
+        """The batches with the tokens that count; ATV runs the unpruned block to find out."""
+        if not self._is_atv:
+            return self.batches
+        drifts = [_drift(batch, self._run(batch)) for batch in self.batches]
+        share = self._share_of_text(drifts)
+        return [
+            replace(batch, tokens={**batch.tokens, "visual": drift.most(share)})
+            for batch, drift in zip(self.batches, drifts, strict=True)
+        ]
+
+    @property
+    def _is_atv(self) -> bool:
+        return self.calibration.tokens == "atv" and self.tower == "language"
+
+    def _share_of_text(self, drifts: Sequence[Drift]) -> float:
+        totals = [each for its in self.ctx.gather([d.total() for d in drifts]) for each in its]
+        total, count = math.fsum(total for total, _ in totals), sum(n for _, n in totals)
+        return share_of_text(total, count, self.calibration.atv_alpha)
+
+    def _add_held(
+        self, sums: dict[tuple[str, ...], TapStatistics], held: Sequence["_Held"]
+    ) -> None:
+        """Of the held visual tokens add those that ATV wants, now that all batches have passed."""
+        if not self._is_atv:
+            return
+        share = self._share_of_text([each.drift for each in held])
+        for each in held:
+            chosen = each.drift.most(share)[each.drift.most()]
+            if self.calibration.weights["visual"] and chosen.any():
+                for names, x_TI in each.inputs.items():
+                    self._sum(sums[names]["visual"], x_TI[chosen], len(each.drift.num_text_B))
+
+    def _run(self, batch: _Batch) -> Tensor:
         output: Tensor | tuple[Tensor, ...] = self.blocks[self.index](
-            hidden, **self._arguments[number]
+            batch.hidden, **batch.arguments
         )
         return output[0] if isinstance(output, tuple) else output
 
-    def _run_watched(
-        self, layers: dict[str, Layer], number: int, hidden: Tensor
-    ) -> tuple[dict[str, Tensor], Tensor]:
+    def _run_watched(self, batch: _Batch) -> tuple[dict[str, Tensor], Tensor]:
         inputs: dict[str, Tensor] = {}
         handles = [
             layer.linear.register_forward_pre_hook(
                 lambda module, args, name=name: inputs.__setitem__(name, args[0])
             )
-            for name, layer in layers.items()
+            for name, layer in self.layers.items()
         ]
         try:
-            return inputs, self._run(number, hidden)
+            return inputs, self._run(batch)
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _add(self, parts: TapStatistics, tensor: Tensor, number: int) -> None:
+    def _no_sums(self, names: tuple[str, ...]) -> TapStatistics:
+        """Nothing seen yet. The Gram is in float64 until all is summed, see `_accumulate`."""
+        num_inputs = self.layers[names[0]].linear.in_features
+        parts = {name: Statistics.empty(num_inputs, self.ctx.device) for name in MODALITIES}
+        for part in parts.values():
+            part.gram_II = part.gram_II.double()
+        return parts
+
+    def _add(self, parts: TapStatistics, tensor: Tensor, batch: "_Batch") -> None:
+        """Add a batch's tokens to the sums of their modality, less those of weight 0."""
         x_TI = tensor.reshape(-1, tensor.shape[-1])
-        num_sequences = len(self.hidden[number])
-        is_token, is_visual = self._is_token[number], self._is_visual[number]
-        if is_token is None or is_visual is None:
-            _accumulate(parts["visual"], x_TI, num_sequences)
-            return
-        for name, chosen in (("text", is_token & ~is_visual), ("visual", is_token & is_visual)):
-            if chosen.any():
-                _accumulate(parts[name], x_TI[chosen.reshape(-1)], num_sequences)
+        for name, chosen_BT in batch.tokens.items():
+            if chosen_BT is None:
+                self._sum(parts[name], x_TI, len(batch.hidden))
+            elif self.calibration.weights[name] and chosen_BT.any():
+                self._sum(parts[name], x_TI[chosen_BT.reshape(-1)], len(batch.hidden))
+
+    def _sum(self, total: Statistics, x_TI: Tensor, num_sequences: int) -> None:
+        with self.ctx.timed("gram"):
+            _accumulate(total, x_TI, num_sequences)
+
+    def _tap(self, names: tuple[str, ...], parts: TapStatistics | None) -> Tap:
+        """The tap's sums over all workers; `parts` is None on one that had no batch."""
+        layers = tuple(self.layers[name] for name in names)
+        return Tap(layers, _sum_over_workers(parts or self._no_sums(names), self.ctx))
 
 
 class _ReachedBlock(Exception):  # noqa: N818 - no error: it ends a forward pass early
@@ -255,14 +429,6 @@ def _group_by_identity(inputs: dict[str, Tensor]) -> dict[tuple[str, ...], Tenso
     return {tuple(names): inputs[names[0]] for names in groups.values()}
 
 
-def _empty(tensor: Tensor) -> TapStatistics:
-    """Nothing seen yet. The Gram is in float64 until all is summed, see `_accumulate`."""
-    parts = {name: Statistics.empty(tensor.shape[-1], tensor.device) for name in MODALITIES}
-    for part in parts.values():
-        part.gram_II = part.gram_II.double()
-    return parts
-
-
 def _accumulate(total: Statistics, x_TI: Tensor, num_sequences: int) -> None:
     """Add a batch, its products in float32, their sum in float64: then no order of adding shows.
 
@@ -275,10 +441,6 @@ def _accumulate(total: Statistics, x_TI: Tensor, num_sequences: int) -> None:
     total.sum_I += batch.sum_I
     total.num_tokens += batch.num_tokens
     total.num_sequences += batch.num_sequences
-
-
-def _width(parts: TapStatistics) -> int:
-    return len(parts["text"].sum_I)
 
 
 def _sum_over_workers(parts: TapStatistics, ctx: Context) -> TapStatistics:

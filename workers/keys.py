@@ -33,7 +33,8 @@ class StageKeys:
     """None where a job has no such stage."""
 
     statistics: str | None
-    """Of the dense model, shared by every method, sparsity, pattern and mix of modalities."""
+    """Of the dense model, shared by every method, sparsity, pattern and mix of modalities; another
+    choice among the visual tokens (atv) has its own."""
     bank: str | None
     """Every layer at every ratio, shared by all searches among them."""
     allocate: str | None
@@ -92,8 +93,8 @@ def _statistics_key(job: JobSpec, dense: str) -> str | None:
         return None
     if not (job.solves_from_statistics or job.prune.allocation.needs_statistics):
         return None
-    unmixed = job.calibration.model_copy(update={"visual_weight": 1.0, "propagate": "dense"})
-    return _key("statistics", {"calibration": settings_of(unmixed), "seed": job.seed}, dense)
+    settings = settings_of(job.calibration.unmixed())
+    return _key("statistics", {"calibration": settings, "seed": job.seed}, dense)
 
 
 def _bank_key(job: JobSpec, dense: str, statistics: str | None) -> str | None:

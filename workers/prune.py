@@ -4,16 +4,17 @@ Shape letters: O output features, I input features.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import load, load_file, save, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from jobs.crash import crash_point
 from jobs.errors import CorruptError, ModelError
@@ -22,6 +23,7 @@ from jobs.spec import CalibrationSpec, PruneSpec, Tower
 from workers.calibrate import Tap, TowerWalk
 from workers.context import Context
 from workers.methods import prune_shared
+from workers.methods.common import need
 from workers.models import Layer, VisionLanguageModel
 from workers.statistics import Statistics
 
@@ -44,6 +46,12 @@ class LayerReport:
     """|X dW^T|^2 / |X W^T|^2 on the calibration inputs; null without statistics."""
     damping: float | None
     """Share added to the Hessian's diagonal; null where none was factored."""
+    num_inputs: int
+    tokens: dict[str, float] | None
+    """Calibration tokens that reached its input, by modality; null without statistics. With fewer
+    than `num_inputs` in all, the Gram matrix has not full rank."""
+    bias: Literal["kept", "compensated"] | None
+    """Whether the bias took up the change of the mean output; null where there is no bias."""
 
 
 def check_shapes(model: VisionLanguageModel, spec: PruneSpec) -> None:
@@ -86,23 +94,37 @@ def prune_sequentially(
     reports: list[LayerReport] = []
     num_blocks = sum(len(model.blocks(tower)) for tower in _towers(model, spec))
     for tower in _towers(model, spec):
-        with ctx.timed("calibrate"):
-            walk = TowerWalk(model, tower, batches, ctx) if needs_statistics else None
+        walk = TowerWalk(model, tower, batches, calibration, ctx) if needs_statistics else None
         for index in range(len(model.blocks(tower))):
             layers = [layer for layer in model.layers(tower) if layer.block == index]
             restored = finished.restore(tower, index, layers)
             if restored is None:
-                with ctx.timed("calibrate"):
-                    taps = walk.statistics() if walk else [Tap((layer,), {}) for layer in layers]
-                restored = prune_taps(taps, spec, calibration, ctx, sparsity=sparsity)
+                stages = walk.stages() if walk else [[Tap((layer,), {}) for layer in layers]]
+                restored = _prune_stages(stages, spec, calibration, ctx, sparsity)
                 finished.keep(tower, index, layers, restored)
                 crash_point(f"prune-{tower}-{index}")
+            elif walk:
+                walk.advance()
             masks |= restored[0]
             reports += restored[1]
-            if walk and index + 1 < len(walk.blocks):
-                with ctx.timed("calibrate"):
-                    walk.advance()
             ctx.progress("prune", len({r.name.rsplit(".", 2)[0] for r in reports}), num_blocks)
+    return masks, reports
+
+
+def _prune_stages(
+    stages: Iterable[list[Tap]],
+    spec: PruneSpec,
+    calibration: CalibrationSpec,
+    ctx: Context,
+    sparsity: Mapping[str, float],
+) -> tuple[dict[str, Tensor], list[LayerReport]]:
+    """Prune the layers of one block in place, stage by stage."""
+    masks: dict[str, Tensor] = {}
+    reports: list[LayerReport] = []
+    for taps in stages:
+        stage_masks, stage_reports = prune_taps(taps, spec, calibration, ctx, sparsity=sparsity)
+        masks |= stage_masks
+        reports += stage_reports
     return masks, reports
 
 
@@ -135,11 +157,18 @@ def prune_from_statistics(
 
 
 def collect_dense_statistics(
-    model: VisionLanguageModel, batches: Sequence[dict[str, Tensor]], ctx: Context, folder: Path
+    model: VisionLanguageModel,
+    calibration: CalibrationSpec,
+    batches: Sequence[dict[str, Tensor]],
+    ctx: Context,
+    folder: Path,
 ) -> None:
-    """Write the dense model's statistics of every block to `folder`, a file per block."""
+    """Write the dense model's statistics of every block to `folder`, a file per block.
+
+    Text and visual tokens are kept apart and unweighted, for jobs that mix them differently.
+    """
     for tower in model.towers:
-        walk = TowerWalk(model, tower, batches, ctx)
+        walk = TowerWalk(model, tower, batches, calibration.unmixed(), ctx)
         for index in range(len(walk.blocks)):
             taps = walk.statistics(advance=True)
             if ctx.rank == 0:
@@ -214,6 +243,8 @@ def prune_taps(
                 bits = keep_OI.to(torch.uint8)
                 dist.broadcast(bits, src=owner)
                 dist.broadcast(layer.linear.weight.data, src=owner)
+                if layer.linear.bias is not None:
+                    dist.broadcast(layer.linear.bias.data, src=owner)
                 keep_OI = bits.bool()
                 box = [report]
                 dist.broadcast_object_list(box, src=owner)
@@ -227,7 +258,7 @@ def prune_taps(
 def _prune_tap(
     tap: Tap, spec: PruneSpec, calibration: CalibrationSpec, sparsity: Mapping[str, float]
 ) -> dict[str, tuple[Tensor, LayerReport | None]]:
-    statistics = tap.mixed(calibration.visual_weight)
+    statistics = tap.mixed(calibration)
     pattern = Pattern.parse(spec.pattern)
     pruned = prune_shared(
         [layer.linear.weight.data for layer in tap.layers],
@@ -236,24 +267,42 @@ def _prune_tap(
         spec.method,
         where=tap.layers[0].name,
     )
+    compensates = spec.method.bias == "compensate"
     solved: dict[str, tuple[Tensor, LayerReport | None]] = {}
     for layer, result in zip(tap.layers, pruned, strict=True):
-        before_OI = layer.linear.weight.data
+        linear = layer.linear
+        shift_O = None
+        if compensates and linear.bias is not None:
+            shift_O = _compensate(linear, result.weight_OI, need(statistics).mean_I)
         report = LayerReport(
             name=layer.name,
             tower=layer.tower,
             asked=sparsity[layer.name],
             sparsity=1 - int(result.keep_OI.count_nonzero()) / result.keep_OI.numel(),
-            layer_error=_layer_error(before_OI, result.weight_OI, statistics),
+            layer_error=_layer_error(linear.weight.data, result.weight_OI, statistics, shift_O),
             damping=result.damping_used,
+            num_inputs=linear.in_features,
+            tokens={name: part.num_tokens for name, part in tap.statistics.items()} or None,
+            bias=None if linear.bias is None else "compensated" if compensates else "kept",
         )
-        layer.linear.weight.data = result.weight_OI
+        linear.weight.data = result.weight_OI
         solved[layer.name] = (result.keep_OI, report)
     return solved
 
 
+def _compensate(linear: nn.Linear, pruned_OI: Tensor, mean_I: Tensor) -> Tensor:
+    """Give the bias what the new weights take from the mean output, after FLAP (arXiv:2312.11983).
+
+    Returns:
+        What the outputs' means changed by, and no longer do. Float64, (O,).
+    """
+    shift_O = (pruned_OI.double() - linear.weight.double()) @ mean_I
+    linear.bias.data = (linear.bias - shift_O).to(linear.bias)
+    return shift_O
+
+
 def _layer_error(
-    before_OI: Tensor, after_OI: Tensor, statistics: Statistics | None
+    before_OI: Tensor, after_OI: Tensor, statistics: Statistics | None, shift_O: Tensor | None
 ) -> float | None:
     if statistics is None:
         return None
@@ -261,6 +310,8 @@ def _layer_error(
     change_OI = after_OI.float() - dense_OI
     energy = ((dense_OI @ statistics.gram_II) * dense_OI).sum()
     lost = ((change_OI @ statistics.gram_II) * change_OI).sum()
+    if shift_O is not None:
+        lost = (lost - statistics.num_tokens * shift_O.square().sum()).clamp(min=0)
     return float(lost / energy) if energy > 0 else None
 
 
@@ -286,7 +337,11 @@ class _FinishedBlocks:
         if self.ctx.rank:
             return
         masks, reports = done
-        tensors = {f"{layer.name}/weight": layer.linear.weight.data.cpu() for layer in layers}
+        tensors = {
+            f"{layer.name}/{name}": parameter.data.cpu()
+            for layer in layers
+            for name, parameter in layer.linear.named_parameters()
+        }
         tensors |= {f"{name}/mask": pack_mask(mask) for name, mask in masks.items()}
         metadata = {"reports": json.dumps([asdict(report) for report in reports])}
         self.ctx.storage.put_sealed(self._path(tower, index), save(tensors, metadata))
@@ -294,7 +349,7 @@ class _FinishedBlocks:
     def restore(
         self, tower: Tower, index: int, layers: Sequence[Layer]
     ) -> tuple[dict[str, Tensor], list[LayerReport]] | None:
-        """Put the block's finished weights into the model; None where there are none."""
+        """Put the block's finished weights and biases into the model; None where there are none."""
         path = self._path(tower, index)
         content = self.ctx.from_rank_0(self._read(path) if self.ctx.rank == 0 else None)
         if content is None:
@@ -306,7 +361,8 @@ class _FinishedBlocks:
         masks = {}
         for layer in layers:
             weight = layer.linear.weight
-            weight.data = tensors[f"{layer.name}/weight"].to(weight)
+            for name, parameter in layer.linear.named_parameters():
+                parameter.data = tensors[f"{layer.name}/{name}"].to(parameter)
             mask = unpack_mask(tensors[f"{layer.name}/mask"], tuple(weight.shape))
             masks[layer.name] = mask.to(weight.device)
         return masks, reports

@@ -86,6 +86,7 @@ class _Job:
             final = self._prune(self.job.prune)
             scores += self._evaluate("pruned", final.folder)
             facts |= _facts_of_pruning(final)
+            self._warn_of_few_tokens(self.job.prune, final)
             if self.job.repair is not None:
                 final = self._repair(self.job.repair, final)
                 scores += self._evaluate("repaired", final.folder)
@@ -171,13 +172,27 @@ class _Job:
 
         return self._run("bank", key, build)
 
+    def _warn_of_few_tokens(self, spec: PruneSpec, pruned: Stage) -> None:
+        """Tell of Gram matrices without full rank, where a method solves for weights with them."""
+        if not spec.method.solves_for_weights and spec.method.reconstruct == "none":
+            return
+        layers = pruned.info["layers"]
+        few = [layer for layer in layers if (_tokens_per_input(layer) or 1) < 1]
+        if few:
+            worst = min(few, key=lambda layer: _tokens_per_input(layer) or 1)
+            self.ctx.warn(
+                f"{len(few)} of {len(layers)} layers were calibrated on fewer tokens than they "
+                f"have inputs, {worst['name']} on {sum(worst['tokens'].values()):.0f} for "
+                f"{worst['num_inputs']}: raise calibration.num_samples, or count more tokens"
+            )
+
     def _statistics(self) -> Stage:
         """The dense model's statistics: one for all jobs, whatever modality mix they want."""
 
         def build(folder: Path) -> dict[str, Any]:
             model = self._load(self.folder)
-            with self.ctx.timed("calibrate"):
-                collect_dense_statistics(model, self._batches(model), self.ctx, folder)
+            batches = self._batches(model)
+            collect_dense_statistics(model, self.job.calibration, batches, self.ctx, folder)
             return {}
 
         return self._run("statistics", _there(self.keys.statistics), build)
@@ -303,10 +318,18 @@ def _facts_of_pruning(pruned: Stage) -> dict[str, Any]:
     layers = pruned.info["layers"]
     dampings = [layer["damping"] for layer in layers if layer["damping"] is not None]
     errors = [layer["layer_error"] for layer in layers if layer["layer_error"] is not None]
+    ratios = [ratio for layer in layers if (ratio := _tokens_per_input(layer)) is not None]
     return {
+        "tokens_per_input_min": min(ratios, default=None),
         "damping_max": max(dampings, default=None),
         "layer_error_mean": fmean(errors) if errors else None,
     }
+
+
+def _tokens_per_input(layer: dict[str, Any]) -> float | None:
+    """Of a layer's report; below 1 its Gram matrix has not full rank."""
+    tokens = layer["tokens"]
+    return sum(tokens.values()) / layer["num_inputs"] if tokens else None
 
 
 def _costs(stages: list[Stage]) -> dict[str, Any]:

@@ -45,6 +45,11 @@ class Statistics:
         """The 2-norm of each input over all tokens. Float32, (I,)."""
         return self.gram_II.diagonal().sqrt()
 
+    @property
+    def mean_I(self) -> Tensor:
+        """The mean of each input over all tokens. Float64, (I,)."""
+        return self.sum_I / self.num_tokens
+
     @torch.no_grad()
     def update(self, x_TI: Tensor, num_sequences: int) -> None:
         """Add the tokens of `num_sequences` sequences. Many tokens a call are faster than few.
