@@ -13,9 +13,9 @@ from jobs.spec import JobSpec, content_key, settings_of
 
 CODE_EPOCHS = {
     "statistics": 1,
-    "bank": 1,
+    "bank": 2,
     "allocate": 1,
-    "prune": 2,
+    "prune": 3,
     "teacher": 1,
     "repair": 1,
     "evaluate": 1,

@@ -69,6 +69,8 @@ def drop_smallest(saliency_GM: Tensor, num_dropped: int) -> Tensor:
         return torch.zeros_like(saliency_GM, dtype=torch.bool)
     threshold_G1 = kth_smallest(saliency_GM, num_dropped)[:, None]
     drop_GM = saliency_GM <= threshold_G1
+    if int(drop_GM.count_nonzero()) == num_dropped * len(drop_GM):  # no row has less: no ties
+        return drop_GM
     surplus_G = drop_GM.sum(dim=1) - num_dropped
     for row in surplus_G.nonzero()[:, 0].tolist():  # ties: the rightmost of them stay
         equal = (saliency_GM[row] == threshold_G1[row]).nonzero()[:, 0]

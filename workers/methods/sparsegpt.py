@@ -7,14 +7,14 @@ follows from what they lost (D = trained - pruned, e = D R):
 
     current_P = trained_P + (sum over earlier i of D_i R_iP) R_PP⁻¹
 
-A panel is held transposed, so that a step touches consecutive memory, and updates wait until they
-make a matrix product: within a panel of leaf, 2, 4 ... columns, then of the panel as a whole.
+All is held transposed, so that a step touches consecutive memory. What happens within a panel is
+in panel_numba.py (on a CPU), panel_triton.py (on CUDA) and, in plain torch, panel_torch.py.
 
-Shape letters: O output features (of all stacked layers), I input features, P inputs of a panel,
-L of a leaf.
+Shape letters: O output features (of all stacked layers), I input features, P inputs of a panel.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from itertools import accumulate, pairwise
 from typing import Literal
 
@@ -23,13 +23,13 @@ from torch import Tensor
 
 from jobs.methods import SparseGPTSpec
 from jobs.pattern import Target
-from workers.masks import drop_smallest, keep_mask, kth_smallest, rank_in_groups
+from workers.masks import drop_smallest, kth_smallest
 from workers.methods.common import Pruned, need
 from workers.methods.hessian import Factor, factor_hessian
 from workers.statistics import Statistics
 
-LEAF = 8
-"""Columns walked one by one between two matrix products, unstructured. Under N:M it is M."""
+WalkPanel = Callable[[Tensor, Tensor, Tensor, int, int], Tensor]
+"""See `panel_torch.walk_panel`."""
 
 
 def prune_sparsegpt(
@@ -52,121 +52,96 @@ def prune_sparsegpt(
         panel=max(options.block_size - options.block_size % group, group),
         dtype=torch.float64 if weights[0].dtype == torch.float64 else torch.float32,
     )
-    trained_OI = weights[0].contiguous() if len(weights) == 1 else torch.cat(list(weights))
+    # transposed once for all panels, so that whatever follows touches consecutive memory
+    stacked_OI = weights[0].detach() if len(weights) == 1 else torch.cat(list(weights))
+    trained_IO = _transposed(stacked_OI.to(factor.above_II.dtype))
     dead_I = statistics.gram_II.diagonal() == 0
     if dead_I.any():
-        trained_OI = trained_OI.masked_fill(dead_I, 0)
+        trained_IO[dead_I] = 0
     sizes = [len(weight) for weight in weights]
-    pruned_OI, keep_OI = _walk_panels(trained_OI, factor, sizes, targets, options)
-    layers = zip(weights, torch.split(pruned_OI, sizes), torch.split(keep_OI, sizes), strict=True)
+    pruned_IO, drop_IO = _walk_panels(trained_IO, factor, sizes, targets, options)
+    layers = zip(
+        weights, torch.split(pruned_IO, sizes, 1), torch.split(drop_IO == 0, sizes, 1), strict=True
+    )
     return [
-        Pruned(pruned_OI.to(weight.dtype, copy=True), keep_OI.clone(), damping)
-        for weight, pruned_OI, keep_OI in layers
+        Pruned(_transposed(pruned_IO.to(weight.dtype)), _transposed(keep_IO), damping)
+        for weight, pruned_IO, keep_IO in layers
     ]
 
 
+def _transposed(matrix: Tensor) -> Tensor:
+    """A copy, in order: `contiguous` would share the memory of a single row."""
+    return matrix.T.clone(memory_format=torch.contiguous_format)
+
+
 def _walk_panels(
-    trained_OI: Tensor,
+    trained_IO: Tensor,
     factor: Factor,
     sizes: list[int],
     targets: Sequence[Target],
     options: SparseGPTSpec,
 ) -> tuple[Tensor, Tensor]:
-    """The pruned weights, in the factor's type, and the mask."""
-    above_II = factor.above_II
-    # until its turn, a column of it holds the sum of D_i R_ij
-    pruned_OI = torch.zeros_like(trained_OI, dtype=above_II.dtype)
-    keep_OI = torch.empty_like(trained_OI, dtype=torch.bool)
+    """The pruned weights, and 1 where one is dropped; a float, to multiply with."""
+    # until its turn, a row of it holds the sum of R_ij D_i
+    pruned_IO = torch.zeros_like(trained_IO)
+    drop_IO = torch.empty_like(trained_IO)
     kept, group = targets[0].pattern.kept, targets[0].pattern.group
     num_dropped = group - kept if group and kept else 0
-    layers = zip(torch.split(trained_OI, sizes), targets, strict=True)
+    layers = zip(torch.split(trained_IO, sizes, 1), targets, strict=True)
     budgets = [
-        [] if num_dropped else _budgets(layer_OI, factor, target, options)
-        for layer_OI, target in layers
+        [] if num_dropped else _budgets(layer_IO, factor, target, options)
+        for layer_IO, target in layers
     ]
+    walk_panel = panel_walker(trained_IO.device)
     start = 0
     for number, inverse_PP in enumerate(factor.inverses):
         stop = start + len(inverse_PP)
-        here, after = slice(start, stop), slice(stop, None)
-        # a copy before the transpose: 5 times as fast where a row fills whole cache sets
-        trained_OP = trained_OI[:, here].to(above_II.dtype, copy=True)
-        trained_PO = trained_OP.T.clone(memory_format=torch.contiguous_format)
-        current_PO = torch.addmm(trained_PO, inverse_PP.T, pruned_OI[:, here].T)
-        drop_PO = torch.empty_like(current_PO)  # 1 where dropped; a float, to multiply with
+        trained_PO, pruned_PO = trained_IO[start:stop], pruned_IO[start:stop]
+        drop_PO = drop_IO[start:stop]
+        current_PO = torch.addmm(trained_PO, inverse_PP.T, pruned_PO)
         if not num_dropped:
             saliency_PO = (current_PO / inverse_PP.diagonal()[:, None]).square_()
             of_panel = [budget[number] for budget in budgets]
-            drop_PO.copy_(_drop_in_panel(saliency_PO, sizes, of_panel, options.mode))
-        dropped_PO = _walk_panel(current_PO, inverse_PP, drop_PO, group or LEAF, num_dropped)
-        kept_PO = current_PO.sub_(dropped_PO)
-        pruned_OI[:, here] = kept_PO.T
-        keep_OI[:, here] = (drop_PO == 0).T
-        pruned_OI[:, after].addmm_(trained_PO.sub_(kept_PO).T, above_II[here, after])
+            _drop_in_panel(saliency_PO, sizes, of_panel, options.mode, out_PO=drop_PO)
+        dropped_PO = walk_panel(current_PO, inverse_PP, drop_PO, group or 0, num_dropped)
+        torch.sub(current_PO, dropped_PO, out=pruned_PO)
+        if stop < len(pruned_IO):
+            lost_PO = torch.sub(trained_PO, pruned_PO, out=current_PO)
+            pruned_IO[stop:].addmm_(factor.above_II[start:stop, stop:].T, lost_PO)
         start = stop
-    return pruned_OI, keep_OI
+    return pruned_IO, drop_IO
 
 
-def _walk_panel(
-    current_PO: Tensor, inverse_PP: Tensor, drop_PO: Tensor, leaf: int, num_dropped: int
-) -> Tensor:
-    """Prune a panel's columns from first to last. Returns what each dropped weight had become.
-
-    Updates `current_PO`, dropped weights not yet zeroed. If `num_dropped` is not 0, a leaf is a
-    group of N:M, whose mask is decided when its turn comes and written to `drop_PO`.
-    """
-    num_columns, num_outputs = current_PO.shape
-    if num_columns % leaf:
-        leaf = 1
-    cost_P1 = inverse_PP.diagonal().pow(-2)[:, None]
-    push_PP = inverse_PP / -inverse_PP.diagonal()[:, None]  # per unit dropped from each column
-    dropped_PO = torch.empty_like(current_PO)
-    work_LO = current_PO.new_empty(leaf, num_outputs)
-    push_LLO = current_PO.new_empty(leaf, leaf, num_outputs)
-    # views are made once, and all leaves' in one call: making one takes as long as using it
-    steps = [(work_LO[i + 1 :], push_LLO[i, i + 1 :], work_LO[i]) for i in range(leaf - 1)]
-    blocks = push_PP.view(-1, leaf, num_columns // leaf, leaf).diagonal(dim1=0, dim2=2)
-    leaves = zip(
-        range(leaf, num_columns + 1, leaf),
-        torch.split(current_PO, leaf),
-        torch.split(drop_PO, leaf),
-        torch.split(dropped_PO, leaf),
-        torch.split(cost_P1, leaf),
-        blocks[..., None].unbind(2),
-        strict=True,
-    )
-    for high, current_LO, drop_LO, dropped_LO, cost_L1, push_LL1 in leaves:
-        work_LO.copy_(current_LO)
-        if num_dropped:
-            torch.lt(rank_in_groups(work_LO.square().mul_(cost_L1)), num_dropped, out=drop_LO)
-        torch.mul(push_LL1, drop_LO[:, None], out=push_LLO)
-        for later_LO, push_LO, column_O in steps:
-            later_LO.addcmul_(push_LO, column_O)
-        torch.mul(work_LO, drop_LO, out=dropped_LO)
-        current_LO.copy_(work_LO)
-        if high < num_columns:
-            leaves_done = high // leaf
-            block = leaf * (leaves_done & -leaves_done)  # largest power of 2 that divides them
-            back, ahead = slice(high - block, high), slice(high, high + block)
-            current_PO[ahead].addmm_(push_PP[back, ahead].T, dropped_PO[back])
-    return dropped_PO
+def panel_walker(device: torch.device) -> WalkPanel:
+    """The fastest there is. Imported late: compilers take their time."""
+    if device.type == "cpu":
+        from workers.methods.panel_numba import walk_panel
+    elif device.type == "cuda" and find_spec("triton"):
+        from workers.methods.panel_triton import walk_panel
+    else:
+        from workers.methods.panel_torch import walk_panel
+    return walk_panel
 
 
 def _budgets(
-    trained_OI: Tensor, factor: Factor, target: Target, options: SparseGPTSpec
+    trained_IO: Tensor, factor: Factor, target: Target, options: SparseGPTSpec
 ) -> list[int]:
     """How many weights one layer loses in each panel. They sum to round(sparsity * size).
 
     But in reference mode a panel's threshold takes one more, and ties.
     """
     widths = [len(inverse_PP) for inverse_PP in factor.inverses]
-    per_input = target.sparsity * len(trained_OI)
+    num_outputs = trained_IO.shape[1]
+    per_input = target.sparsity * num_outputs
     if options.mode == "reference":
-        return [int(len(trained_OI) * width * target.sparsity) + 1 for width in widths]
+        return [int(num_outputs * width * target.sparsity) + 1 for width in widths]
     if options.budget == "panel":
         return [b - a for a, b in pairwise(round(per_input * n) for n in accumulate([0, *widths]))]
     scale_I = torch.cat([inverse_PP.diagonal() for inverse_PP in factor.inverses])
-    keep_OI = keep_mask((trained_OI / scale_I).square_(), target, compare="layer")
-    return [part_OP.numel() - int(part_OP.sum()) for part_OP in torch.split(keep_OI, widths, dim=1)]
+    saliency_IO = (trained_IO / scale_I[:, None]).square_()
+    drop_IO = drop_smallest(saliency_IO.view(1, -1), round(target.sparsity * saliency_IO.numel()))
+    panels = torch.split(drop_IO.view(saliency_IO.shape), widths)
+    return [int(drop_PO.count_nonzero()) for drop_PO in panels]
 
 
 def _drop_in_panel(
@@ -174,13 +149,16 @@ def _drop_in_panel(
     sizes: list[int],
     budgets: list[int],
     mode: Literal["improved", "reference"],
-) -> Tensor:
-    """Threshold each layer's part of a panel. Bool, True is dropped."""
-    drops = []
-    for layer_PO, num_dropped in zip(torch.split(saliency_PO, sizes, 1), budgets, strict=True):
+    *,
+    out_PO: Tensor,
+) -> None:
+    """Threshold each layer's part of a panel."""
+    layers = zip(
+        torch.split(saliency_PO, sizes, 1), torch.split(out_PO, sizes, 1), budgets, strict=True
+    )
+    for layer_PO, drop_PO, num_dropped in layers:
         saliency = layer_PO.reshape(1, -1)
         if mode == "reference":
-            drops.append(layer_PO <= kth_smallest(saliency, num_dropped))
+            torch.le(layer_PO, kth_smallest(saliency, num_dropped), out=drop_PO)
         else:
-            drops.append(drop_smallest(saliency, num_dropped).reshape(layer_PO.shape))
-    return torch.cat(drops, dim=1)
+            drop_PO.copy_(drop_smallest(saliency, num_dropped).view(layer_PO.shape))
