@@ -20,6 +20,8 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +37,23 @@ SEAL_BYTES = 32
 CLAIM_PATIENCE_S = 60.0
 """How long a claim may stand on a disk without links before its owner is taken for dead."""
 
+MAX_JSON_BYTES = 64 * 2**20
+"""Nothing that we store as JSON comes near it: a larger one is damage, or somebody's trap."""
+
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _memory_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """What a listing says of a file."""
+
+    version: str
+    """Changes when the file is replaced."""
+    size: int
+    """In bytes."""
+    modified: float
+    """When it was written, in seconds since 1970 by the storage's own clock."""
 
 
 class Storage:
@@ -66,17 +83,28 @@ class Storage:
         with self._explained("look for", path):
             return bool(self.filesystem.exists(self._full(path)))
 
-    def read_bytes(self, path: str) -> bytes:
-        """Raises FileNotFoundError where there is no such file."""
+    def read_bytes(self, path: str, *, at_most: int | None = None) -> bytes:
+        """A whole file.
+
+        Raises:
+            FileNotFoundError: there is none.
+            StorageError: it has more than `at_most` bytes; no more than that were read.
+        """
         with self._explained("read", path):
-            return bytes(self.filesystem.cat_file(self._full(path)))
+            full = self._full(path)
+            if at_most is None:
+                return bytes(self.filesystem.cat_file(full))
+            data = self._first_bytes(full, at_most + 1)
+        if len(data) > at_most:
+            raise StorageError(f"{self._name(path)} has more than {at_most} bytes: none of ours")
+        return data
 
     def read_json(self, path: str) -> Any:
         """Raises FileNotFoundError where there is no such file, StorageError if it is no JSON."""
-        data = self.read_bytes(path)
+        data = self.read_bytes(path, at_most=MAX_JSON_BYTES)
         try:
             return json.loads(data)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise StorageError(f"{self._name(path)} is not JSON: {error}") from error
 
     def list(self, folder: str = "") -> list[str]:
@@ -85,11 +113,15 @@ class Storage:
 
     def versions(self, folder: str = "") -> dict[str, str]:
         """Every file below `folder` with a mark that changes when the file is replaced."""
+        return {path: file.version for path, file in self.files(folder).items()}
+
+    def files(self, folder: str = "", *, hidden: bool = False) -> dict[str, StoredFile]:
+        """Every file below `folder`; with `hidden`, also what is in the making or left over."""
         with self._explained("list", folder):
             root = self._full(folder) if folder else self.root
             found = _local_files(root) if self.is_local else self._remote_files(root)
             below = f"{folder}/" if folder else ""
-            return {below + name: version for name, version in found if not _is_hidden(name)}
+            return {below + name: file for name, file in found if hidden or not _is_hidden(name)}
 
     def put_if_absent(self, path: str, data: bytes) -> bool:
         """Create a file whole. True: ours is visible. False: there was one, and it stays."""
@@ -133,6 +165,17 @@ class Storage:
         with self._explained("delete", path), contextlib.suppress(FileNotFoundError):
             self.filesystem.rm_file(self._full(path))
 
+    def clock(self) -> float:
+        """What time the storage thinks it is, in seconds since 1970. Writes a file to find out."""
+        path = f"_tmp-clock-{uuid.uuid4().hex}"
+        try:
+            self.put(path, b"")
+            with self._explained("look at", path):
+                modified: datetime = self.filesystem.modified(self._full(path))
+            return modified.timestamp()
+        finally:
+            self.delete(path)
+
     def probe_put_if_absent(self) -> bool:
         """Whether creating a file is exclusive here. Without it, two results may overwrite."""
         path = f"_tmp-probe-{uuid.uuid4().hex}"
@@ -171,12 +214,21 @@ class Storage:
 
     def read_marker(self, path: str) -> dict[str, Any] | None:
         """What a published folder's DONE.json says; None where there is no (sound) one."""
+        data = self._marker_bytes(path)
         try:
-            done = json.loads(self.read_bytes(f"{path}/{DONE}"))
-        except (FileNotFoundError, ValueError):
+            done = json.loads(data)
+        except (ValueError, RecursionError):
             return None
-        is_sound = isinstance(done, dict) and isinstance(done.get("files"), dict)
-        return done if is_sound else None
+        return done if isinstance(done, dict) and _are_sound(done.get("files")) else None
+
+    def _marker_bytes(self, path: str) -> bytes:
+        """Empty where there is no marker, or one too large to be ours."""
+        try:
+            with self._explained("read", path):
+                data = self._first_bytes(self._full(f"{path}/{DONE}"), MAX_JSON_BYTES + 1)
+        except FileNotFoundError:
+            return b""
+        return data if len(data) <= MAX_JSON_BYTES else b""
 
     def fetch_folder(self, path: str, cache_dir: str | Path, *, verify: bool = False) -> Path:
         """A published folder as a local one: itself if local, else downloaded once and verified.
@@ -185,7 +237,7 @@ class Storage:
             verify: compare every SHA-256 also where comparing sizes would do.
 
         Raises:
-            StorageError: not published.
+            StorageError: not published, or there lies what nobody published: a link, a file.
             CorruptError: a file is missing or damaged.
         """
         done = self.read_marker(path)
@@ -194,6 +246,7 @@ class Storage:
         with self._explained("fetch", path):
             if self.is_local:
                 folder = Path(self._full(path))
+                self._check_names(path, folder, done["files"])
             else:
                 folder = Path(cache_dir) / path / _content_name(done["files"])
                 if not folder.exists():
@@ -240,10 +293,28 @@ class Storage:
             reason = f"{type(error).__name__}: {error}"  # clients of clouds share no base class
             raise StorageError(f"{self._name(path)}: cannot {action}: {reason}") from error
 
-    def _remote_files(self, root: str) -> Iterator[tuple[str, str]]:
+    def _first_bytes(self, full: str, count: int) -> bytes:
+        if self.is_local:
+            with open(full, "rb") as file:
+                return file.read(count)
+        try:
+            return bytes(self.filesystem.cat_file(full, start=0, end=count))
+        except FileNotFoundError:
+            raise
+        except OSError:
+            if self.filesystem.size(full) == 0:  # S3 refuses a range of an empty file
+                return b""
+            raise
+
+    def _remote_files(self, root: str) -> Iterator[tuple[str, StoredFile]]:
         for full, info in self.filesystem.find(root, detail=True).items():
             marks = (info.get(name) for name in ("ETag", "etag", "generation", "created", "size"))
-            yield full.removeprefix(f"{root}/"), " ".join(str(mark) for mark in marks)
+            yield (
+                full.removeprefix(f"{root}/"),
+                StoredFile(
+                    " ".join(str(mark) for mark in marks), int(info["size"]), _modified(info)
+                ),
+            )
 
     def _create_remotely(self, full: str, data: bytes) -> bool:
         try:
@@ -319,6 +390,26 @@ class Storage:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
+    def _check_names(self, path: str, folder: Path, files: dict[str, Any]) -> None:
+        """A loader reads whatever lies in a folder: so nothing may lie there but what we put."""
+        found = set()
+        for parent, folders, names in os.walk(folder):
+            for name in folders + names:
+                each = Path(parent, name)
+                if each.is_symlink():
+                    raise StorageError(
+                        f"{self._name(path)}: {each.relative_to(folder)} is a symbolic link, and "
+                        "we make none. Find out who did, and delete the folder"
+                    )
+            found |= {Path(parent, name).relative_to(folder).as_posix() for name in names}
+        unknown = sorted(name for name in found - files.keys() - {DONE} if not _is_hidden(name))
+        if folder.is_symlink() or unknown:
+            what = f"holds {unknown[0]!r}, which" if unknown else "is a symbolic link, which"
+            raise StorageError(
+                f"{self._name(path)} {what} nobody published. Find out who put it there, and "
+                "delete the folder to have it made again"
+            )
+
     def _check_files(self, path: str, folder: Path, files: dict[str, Any], *, verify: bool) -> None:
         for name, facts in files.items():
             file = folder / name
@@ -340,7 +431,33 @@ def _is_hidden(name: str) -> bool:
     return any(part.startswith(("_tmp", ".")) for part in name.split("/"))
 
 
-def _local_files(root: str) -> Iterator[tuple[str, str]]:
+def _are_sound(files: Any) -> bool:
+    """Whether it says of each file what we say. Its names are put to use as paths later on."""
+    return isinstance(files, dict) and all(
+        isinstance(facts, dict)
+        and isinstance(facts.get("size"), int)
+        and isinstance(facts.get("sha256"), str)
+        and not {"", ".", ".."} & set(name.split("/"))
+        and "\\" not in name
+        and "\0" not in name
+        for name, facts in files.items()
+    )
+
+
+def _modified(info: dict[str, Any]) -> float:
+    """Every fsspec filesystem has its own name for it. Unknown: now, which is never old."""
+    for name in ("LastModified", "mtime", "updated", "created", "last_modified"):
+        value = info.get(name)
+        with contextlib.suppress(ValueError):
+            moment = datetime.fromisoformat(value) if isinstance(value, str) else value
+            if isinstance(moment, datetime):
+                return moment.timestamp()
+            if isinstance(moment, int | float):
+                return float(moment)
+    return time.time()
+
+
+def _local_files(root: str) -> Iterator[tuple[str, StoredFile]]:
     def tolerate_gone(error: OSError) -> None:
         if not isinstance(error, FileNotFoundError):
             raise error
@@ -351,7 +468,8 @@ def _local_files(root: str) -> Iterator[tuple[str, str]]:
             with contextlib.suppress(FileNotFoundError):  # gone since it was listed
                 stat = os.stat(f"{folder}/{name}")
                 version = f"{stat.st_ino} {stat.st_mtime_ns} {stat.st_size}"
-                yield f"{below}/{name}" if below else name, version
+                path = f"{below}/{name}" if below else name
+                yield path, StoredFile(version, stat.st_size, stat.st_mtime)
 
 
 def _temporary_beside(final: Path) -> Path:

@@ -40,7 +40,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from jobs.crash import crash_point
-from jobs.errors import NumericError, SpecError, StorageError
+from jobs.errors import CorruptError, NumericError, SpecError, StorageError
 from jobs.result import JobResult, Score, Weights
 from jobs.storage import Storage
 
@@ -48,7 +48,14 @@ Status = Literal["complete", "failed"]
 
 ROWS = "leaderboard/rows"
 COMPACT = "leaderboard/_compact"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""2: `sha256` is of the rows as JSON and is checked. In version 1 it was of pyarrow's own bytes."""
+
+MAX_FILE_BYTES = 16 * 2**20
+"""Of one job's result. A complete one has about 25 kB."""
+
+MAX_UNPACKED_BYTES = 2**30
+"""Of one job's result, at worst: a packed file may repeat a long value in every row."""
 
 _OUTCOME = {
     "job_key": pa.string(),  # hash of the job's settings: the same job, the same key
@@ -94,12 +101,14 @@ _FACTS = {
     "seconds_total": pa.float64(),
     "seconds_orchestration": pa.float64(),
     "peak_memory_gib": pa.float64(),
-    "device": pa.string(),
+    "device": pa.string(),  # what computed: cpu, or the GPU's name
+    "cpu": pa.string(),
     "num_workers": pa.int64(),
     "tokens_per_input_min": pa.float64(),  # of all pruned layers; below 1 a Gram lacks rank
     "damping_max": pa.float64(),  # the largest that a Hessian needed
     "layer_error_mean": pa.float64(),
     "export": pa.string(),  # URI of the pruned (or repaired) model
+    "weights_sha256": pa.string(),  # of its weights: equal where the model is, bit for bit
     "created": pa.timestamp("us", tz="UTC"),
     "git_commit": pa.string(),
     "version_prunefleet": pa.string(),
@@ -135,7 +144,8 @@ def publish(storage: Storage, job_facts: Mapping[str, Any], result: JobResult) -
         NumericError: a score or fact that is NaN or infinite.
         StorageError: the storage failed. Try again: publishing twice is publishing once.
     """
-    data = _to_parquet(_rows_of(job_facts, result))
+    rows = _rows_of(job_facts, result)
+    data = _to_parquet(rows, _sha256_of_rows(rows))
     complete, failed = row_path(result.job_key, "complete"), row_path(result.job_key, "failed")
     if result.status == "complete":
         storage.delete(failed)
@@ -237,10 +247,12 @@ def discard_damaged(storage: Storage, keys: Collection[str]) -> list[str]:
 
 def _is_damaged(storage: Storage, path: str) -> bool:
     try:
-        _parsed(storage.read_bytes(path))
+        data = storage.read_bytes(path)
     except FileNotFoundError:
         return False
-    except (pa.ArrowException, OSError):
+    try:
+        _rows_in(data, path)
+    except Exception:  # a broken file makes pyarrow raise almost anything
         return True
     return False
 
@@ -354,15 +366,20 @@ def _column(name: str, kind: pa.DataType, values: list[Any]) -> pa.Array:
     return pa.array(values, type=kind)
 
 
-def _to_parquet(table: pa.Table) -> bytes:
-    rows = io.BytesIO()
-    with pa.ipc.new_stream(rows, table.schema.remove_metadata()) as stream:
-        stream.write_table(table.combine_chunks())
-    sha = hashlib.sha256(rows.getvalue()).hexdigest()
-    table = table.replace_schema_metadata({"schema_version": str(SCHEMA_VERSION), "sha256": sha})
+def _to_parquet(table: pa.Table, sha256: str | None = None) -> bytes:
+    table = table.replace_schema_metadata(
+        {"schema_version": str(SCHEMA_VERSION), **({"sha256": sha256} if sha256 else {})}
+    )
     buffer = io.BytesIO()
     pq.write_table(table, buffer, write_page_checksum=True, write_statistics=False)
     return buffer.getvalue()
+
+
+def _sha256_of_rows(table: pa.Table) -> str:
+    """The same for the same columns, values and types, whatever file they stood in."""
+    kinds = [f"{column.name} {column.type}" for column in table.schema]
+    rows = json.dumps([kinds, table.to_pylist()], default=str, separators=(",", ":"))
+    return hashlib.sha256(rows.encode()).hexdigest()
 
 
 # ---- reading ----
@@ -397,14 +414,14 @@ def _read(storage: Storage) -> _Read:
     visible = _visible(versions)
     generation = _newest_generation(storage)
     fresh = [key for key, path in visible.items() if generation.inputs.get(path) == versions[path]]
-    compacted = _read_table(storage, generation.file) if fresh else None
+    compacted = _read_compact(storage, generation.file) if fresh else None
     if compacted is None:
         compacted, fresh = SCHEMA.empty_table(), []
     compacted = compacted.filter(pc.is_in(compacted["job_key"], pa.array(fresh, pa.string())))
     tables = _read_loose(storage, [visible[key] for key in visible.keys() - set(fresh)])
     used = {*tables, *(visible[key] for key in fresh)}
     return _Read(
-        table=pa.concat_tables([compacted, *tables.values()], promote_options="permissive"),
+        table=_together([compacted, *tables.values()]),
         inputs={path: versions[path] for path in sorted(used)},
         generation=generation,
         is_compact=not tables and used == generation.inputs.keys(),
@@ -413,29 +430,89 @@ def _read(storage: Storage) -> _Read:
 
 def _read_loose(storage: Storage, paths: list[str]) -> dict[str, pa.Table]:
     with ThreadPoolExecutor(8) as pool:
-        tables = zip(paths, pool.map(lambda path: _read_table(storage, path), paths), strict=True)
+        tables = zip(paths, pool.map(lambda path: _read_rows(storage, path), paths), strict=True)
         return {path: table for path, table in tables if table is not None}
 
 
-def _read_table(storage: Storage, path: str) -> pa.Table | None:
-    """None if the file is gone by now, or broken: then with a warning."""
+def _read_rows(storage: Storage, path: str) -> pa.Table | None:
+    """One job's rows. None if the file is gone by now, or broken: then with a warning."""
     try:
-        return _parsed(storage.read_bytes(path))
+        return _rows_in(storage.read_bytes(path, at_most=MAX_FILE_BYTES), path)
     except FileNotFoundError:
         return None
-    except (pa.ArrowException, OSError) as error:
-        warnings.warn(
-            f"skipped {storage.url}/{path}, which cannot be read: {error}. "
-            "If it is damaged, delete it and run its sweep again",
-            stacklevel=2,
-        )
+    except Exception as error:
+        _warn_skipped(storage, path, error, "If it is damaged, delete it and run its sweep again")
         return None
 
 
-def _parsed(data: bytes) -> pa.Table:
-    """Raises pa.ArrowException or OSError for what is no parquet file, or a damaged one."""
+def _rows_in(data: bytes, path: str) -> pa.Table:
+    """A row file's rows. Raises what pyarrow does on a file that is broken, and CorruptError."""
+    table = _unpacked(data, at_most=MAX_UNPACKED_BYTES)
+    _check_rows(table, path)
+    if "status" not in table.column_names:  # the name says it, too
+        status = pa.array([_parse_path(path)[1]] * len(table), pa.string())
+        table = table.append_column("status", status)
+    return _conformed(table)
+
+
+def _read_compact(storage: Storage, path: str) -> pa.Table | None:
+    """Many jobs' rows. Its name holds the hash of its bytes. None as for `_read_rows`."""
+    try:
+        data = storage.read_bytes(path)
+        if hashlib.sha256(data).hexdigest()[:16] not in path:
+            raise CorruptError("it has other bytes than it was written with")
+        return _conformed(_unpacked(data))
+    except FileNotFoundError:
+        return None
+    except Exception as error:
+        _warn_skipped(storage, path, error, "The rows are read from their own files instead")
+        return None
+
+
+def _warn_skipped(storage: Storage, path: str, error: Exception, remedy: str) -> None:
+    reason = str(error) or type(error).__name__
+    warnings.warn(
+        f"skipped {storage.url}/{path}, which cannot be read: {reason}. {remedy}", stacklevel=3
+    )
+
+
+def _unpacked(data: bytes, *, at_most: int | None = None) -> pa.Table:
     file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
-    return _conformed(file.read(use_threads=False))  # small, and many are read at once
+    groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+    at_worst = file.metadata.num_rows * sum(group.total_byte_size for group in groups)
+    if at_most is not None and not 0 <= at_worst <= at_most:
+        raise CorruptError(f"it may unpack to {at_worst} bytes, more than {at_most}")
+    table = file.read(use_threads=False)  # small, and many are read at once
+    table.validate(full=True)
+    return table
+
+
+def _check_rows(table: pa.Table, path: str) -> None:
+    """What a checksum of pages does not see: rows of another job, columns of another name."""
+    key, _ = _parse_path(path)
+    metadata = table.schema.metadata or {}
+    if table["job_key"].unique().to_pylist() != [key]:
+        raise CorruptError("it holds rows of another job than its name says")
+    is_hashed_as_ours = metadata.get(b"schema_version") == str(SCHEMA_VERSION).encode()
+    if is_hashed_as_ours and metadata.get(b"sha256", b"").decode() != _sha256_of_rows(table):
+        raise CorruptError("it holds other rows than it was written with")
+
+
+def _together(tables: list[pa.Table]) -> pa.Table:
+    """One table. A newer version's column on whose type the files disagree is read as text."""
+    try:
+        return pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowTypeError:
+        tables = [_newer_as_text(table) for table in tables]
+        return pa.concat_tables(tables, promote_options="permissive")
+
+
+def _newer_as_text(table: pa.Table) -> pa.Table:
+    for index, column in enumerate(table.schema):
+        if column.name not in SCHEMA.names:
+            values = [None if value is None else str(value) for value in table[index].to_pylist()]
+            table = table.set_column(index, column.name, pa.array(values, pa.string()))
+    return table
 
 
 def _conformed(table: pa.Table) -> pa.Table:
@@ -460,8 +537,8 @@ def _newest_generation(storage: Storage) -> _Generation:
     for _, path in manifests:
         try:
             manifest = storage.read_json(path)
-            return _Generation(highest, manifest["file"], manifest["inputs"])
-        except (FileNotFoundError, StorageError, KeyError, TypeError):
+            return _Generation(highest, str(manifest["file"]), dict(manifest["inputs"]))
+        except (FileNotFoundError, StorageError, KeyError, TypeError, ValueError):
             continue
     return _Generation(highest)
 

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -26,6 +27,8 @@ from jobs.storage import Storage
 from orchestrator import leaderboard
 from orchestrator.leaderboard import COMPACT, ROWS, SCHEMA, compact, load, publish, published_keys
 
+MANY = int(os.environ.get("PRUNEFLEET_FUZZ_EXAMPLES", "40"))
+"""How many examples a fuzz test tries. A thousand take minutes."""
 WHEN = datetime(2026, 11, 22, 6, 0, tzinfo=UTC)
 FACTS: dict[str, Any] = {
     "sweep": "grid",
@@ -66,17 +69,6 @@ def failed(i: int, error: str = "out of memory", **facts: Any) -> JobResult:
     return JobResult(
         job_key=key(i), status="failed", error=error, error_kind="resource", facts=facts
     )
-
-
-@pytest.fixture(params=["local", "memory"])
-def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
-    local = str(tmp_path / "storage")
-    return Storage(local if request.param == "local" else f"memory://{uuid.uuid4().hex}")
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Storage:
-    return Storage(str(tmp_path / "storage"))
 
 
 def plain(storage: Storage) -> pd.DataFrame:
@@ -251,6 +243,62 @@ def test_a_damaged_compaction_costs_time_and_no_row(storage: Storage, name: str)
     assert len(load(storage)) == 2
 
 
+class Killed(BaseException):
+    """Passes every `except Exception`, as a kill does."""
+
+
+def kill_at(storage: Storage, step: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Make the storage stop the process right after its n-th change; 0: before the first."""
+    changes: list[str] = []
+
+    def counted(name: str) -> None:
+        act = getattr(storage, name)
+
+        def then_die(path: str, *rest: Any) -> Any:
+            if len(changes) == step:
+                raise Killed
+            changes.append(path)
+            outcome = act(path, *rest)
+            if len(changes) == step:
+                raise Killed
+            return outcome
+
+        monkeypatch.setattr(storage, name, then_die)
+
+    for name in ("put", "put_if_absent", "delete"):
+        counted(name)
+    return changes
+
+
+def test_a_kill_at_any_step_of_a_compaction_loses_and_doubles_nothing(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+):
+    """The third one: it has generations to delete, and a failure that a result superseded."""
+    for i in range(3):
+        publish(storage, FACTS, complete(i))
+        compact(storage)
+    publish(storage, FACTS, failed(9))
+    failure = storage.read_bytes(leaderboard.row_path(key(9), "failed"))
+    publish(storage, FACTS, complete(9))
+    storage.put(leaderboard.row_path(key(9), "failed"), failure)
+    before = load(storage)
+
+    for step in range(20):
+        with monkeypatch.context() as patch:
+            kill_at(storage, step, patch)
+            try:
+                compact(storage)
+                break
+            except Killed:
+                pass
+        pd.testing.assert_frame_equal(load(storage), before)
+        storage.delete(leaderboard.row_path(key(0), "complete"))
+        publish(storage, FACTS, complete(0))  # so that there is something to compact again
+
+    assert 5 <= step < 19
+    pd.testing.assert_frame_equal(load(storage), before)
+
+
 # ---- what a reader meets ----
 
 
@@ -312,6 +360,184 @@ def test_files_of_older_and_newer_versions_are_read_together(storage: Storage):
         compact(storage)
 
 
+FIXTURES = Path(__file__).parent / "fixtures" / "leaderboard"
+
+
+def load_fixtures(*versions: str, into: Storage) -> pd.DataFrame:
+    for version in versions:
+        shutil.copytree(FIXTURES / version, into.root, dirs_exist_ok=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return load(into)
+
+
+def test_rows_of_the_first_released_schema_still_read(disk: Storage):
+    """As commit 61b44fa wrote them: a complete job and a failed one."""
+    frame = load_fixtures("v1", into=disk)
+
+    assert scores_of(frame)[:2] == [
+        ("00000000000000a1", "dense", 0.75),
+        ("00000000000000a1", "pruned", 0.5),
+    ]
+    assert frame["error"].dropna().tolist() == ["disk full"]
+    assert frame["created"].tolist() == [WHEN] * 3
+    assert frame["sparsity_total"].dropna().tolist() == [0.5, 0.5]
+    assert frame["weights_sha256"].isna().all()
+
+
+def test_rows_with_fewer_columns_of_other_types_are_typed_as_ours(disk: Storage):
+    """A first version that had counts as floats, scores as integers and times in milliseconds."""
+    frame = load_fixtures("v0", into=disk)
+
+    assert frame["score"].tolist() == [1.0, 0.0]
+    assert frame["score"].dtype == "float64"
+    assert frame["num_items"].tolist() == frame["seed"].add(100).tolist() == [100, 100]
+    assert frame["seed"].dtype == "int64"
+    assert frame["created"].tolist() == [WHEN, WHEN]
+    assert frame["status"].tolist() == ["complete", "complete"]
+    assert frame["stages"].isna().all()
+
+
+def test_columns_of_a_newer_version_are_kept_and_may_disagree_among_themselves(disk: Storage):
+    """One file has a number in it and one a text: then both are text, and no score is lost."""
+    frame = load_fixtures("newer", into=disk)
+
+    assert frame["energy_kwh"].tolist() == ["0.25", "a lot"]
+    assert frame["score"].tolist() == [0.5, 0.5]
+
+
+def test_all_versions_read_together_compacted_and_wide(disk: Storage):
+    publish(disk, FACTS, complete(1))
+    frame = load_fixtures("v0", "v1", "newer", into=disk)
+
+    compact(disk)
+
+    assert frame["job_key"].nunique() == 7
+    pd.testing.assert_frame_equal(load(disk), frame)
+    wide = leaderboard.wide(frame).set_index("job_key")
+    assert wide["easy-vqa/exact_match/pruned"].dropna().to_dict() == {
+        "00000000000000a0": 1.0,
+        "00000000000000a1": 0.5,
+        "00000000000000a9": 0.5,
+        "10000000000000a0": 0.0,
+        "10000000000000a9": 0.5,
+        key(1): 0.5,
+    }
+
+
+def test_a_file_under_another_jobs_name_is_skipped(storage: Storage):
+    """Copied by hand; its scores would stand under a key that never had them."""
+    publish(storage, FACTS, complete(1))
+    data = storage.read_bytes(leaderboard.row_path(key(1), "complete"))
+    storage.put(leaderboard.row_path(key(2), "complete"), data)
+
+    with pytest.warns(UserWarning, match=rf"{key(2)}\.parquet.* rows of another job"):
+        assert load(storage)["job_key"].unique().tolist() == [key(1)]
+
+
+def test_a_file_whose_rows_were_edited_is_skipped(disk: Storage):
+    """Read with pandas, changed, written back: the page checksums are right, the hash is not."""
+    publish(disk, FACTS, complete(1))
+    file = f"{disk.root}/{leaderboard.row_path(key(1), 'complete')}"
+    table = pq.read_table(file, partitioning=None)
+    scores = pa.array([0.99, 0.99])
+    pq.write_table(table.set_column(table.column_names.index("score"), "score", scores), file)
+
+    with pytest.warns(UserWarning, match="other rows than it was written with"):
+        assert load(disk).empty
+
+
+def test_a_file_that_unpacks_to_gigabytes_is_not_unpacked(storage: Storage):
+    """100,000 times the same 100 kB are a file of 150 kB."""
+    write_row(storage, 1, {"score": [0.5]})
+    sink = pa.BufferOutputStream()
+    names = pa.array(["x" * 100_000] * 100).dictionary_encode()
+    bomb = pa.table({"job_key": [key(2)] * 100_000, "model": pa.chunked_array([names] * 1000)})
+    pq.write_table(bomb, sink)
+    storage.put(leaderboard.row_path(key(2), "complete"), sink.getvalue().to_pybytes())
+
+    with pytest.warns(UserWarning, match="it may unpack to"):
+        assert load(storage)["job_key"].tolist() == [key(1)]
+
+
+def test_a_file_far_too_large_for_a_result_is_not_read(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(leaderboard, "MAX_FILE_BYTES", 100)
+    publish(storage, FACTS, complete(1))
+
+    with pytest.warns(UserWarning, match="more than 100 bytes"):
+        assert load(storage).empty
+
+
+MANIFESTS = [
+    "[]",
+    "{}",
+    '{"file": 5, "inputs": 7}',
+    '{"file": "../../x", "inputs": {}}',
+    "[" * 9999,
+]
+
+
+@pytest.mark.parametrize("manifest", MANIFESTS)
+def test_a_manifest_of_another_shape_is_passed_over(storage: Storage, manifest: str):
+    publish(storage, FACTS, complete(1))
+    storage.put(f"{COMPACT}/manifest-7.json", manifest.encode())
+
+    assert len(load(storage)) == 2
+    compact(storage)
+    assert len(load(storage)) == 2
+
+
+ROW_FILE: dict[str, bytes] = {}
+
+
+def row_file() -> bytes:
+    """A result's file. Written once: it is where every mutation starts."""
+    if not ROW_FILE:
+        storage = Storage(f"memory://{uuid.uuid4().hex}")
+        publish(storage, FACTS, complete(1, export="there", peak_memory_gib=1.5))
+        ROW_FILE["data"] = storage.read_bytes(leaderboard.row_path(key(1), "complete"))
+    return ROW_FILE["data"]
+
+
+MUTATIONS = st.lists(
+    st.tuples(st.floats(0, 1, exclude_max=True), st.binary(max_size=4), st.integers(0, 4)),
+    min_size=1,
+    max_size=3,
+)
+
+
+def mutated(data: bytes, mutations: list[tuple[float, bytes, int]]) -> bytes:
+    """Put bytes in and take bytes out at places given as fractions; half of them in the footer."""
+    for where, inserted, num_taken in mutations:
+        start = int(abs(2 * where - 1) * len(data))
+        data = data[:start] + inserted + data[start + num_taken :]
+    return data
+
+
+@settings(max_examples=MANY, deadline=None)
+@given(MUTATIONS | st.binary(max_size=200))
+def test_whatever_bytes_a_file_holds_no_row_is_wrong(mutations: Any):
+    """A crash would hide every other result; a wrong row would be believed."""
+    storage = Storage(f"memory://{uuid.uuid4().hex}")
+    is_mutated = isinstance(mutations, list)
+    data = mutated(row_file(), mutations) if is_mutated else mutations
+    storage.put(leaderboard.row_path(key(1), "complete"), data)
+    publish(storage, FACTS, complete(2))
+    right = Storage(f"memory://{uuid.uuid4().hex}")
+    right.put(leaderboard.row_path(key(1), "complete"), row_file())
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        frame = load(storage)
+
+    assert (frame["job_key"] == key(2)).sum() == 2
+    ours = frame[frame["job_key"] == key(1)]
+    if len(ours):
+        pd.testing.assert_frame_equal(ours.reset_index(drop=True), load(right))
+
+
 def test_a_query_selects_rows(storage: Storage):
     publish(storage, FACTS, complete(1))
     publish(storage, {**FACTS, "method": "sparsegpt"}, complete(2))
@@ -361,7 +587,7 @@ def test_a_row_file_says_its_schema_version_and_hash(disk: Storage):
     [path] = disk.list(ROWS)
     metadata = pq.read_schema(f"{disk.root}/{path}").metadata
 
-    assert metadata[b"schema_version"] == b"1"
+    assert metadata[b"schema_version"] == b"2"
     assert len(metadata[b"sha256"]) == 64
 
 
@@ -551,3 +777,18 @@ def test_order_and_repetition_of_publishes_do_not_show(
     order.shuffle(shuffled)
 
     pd.testing.assert_frame_equal(published(shuffled), published(sorted(set(events))))
+
+
+def test_writers_and_a_compactor_that_are_killed_lose_and_double_nothing():
+    """The full form, 8 writers by 500 results, is `python -m tests.chaos.writers`."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.chaos.writers", "8", "30", "0.1"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "8 writers, 240 results" in done.stdout
+    assert "nothing lost, nothing doubled" in done.stdout
+    assert " 0 kills of a writer" not in done.stdout

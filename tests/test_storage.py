@@ -1,4 +1,4 @@
-"""One suite over a local disk and an object store (fsspec's memory), then what only a disk has."""
+"""One suite over a local disk, memory and S3, then what only a disk or only S3 has."""
 
 import errno
 import json
@@ -18,17 +18,7 @@ from jobs import storage as storage_module
 from jobs.crash import CRASH_EXIT_CODE
 from jobs.errors import StorageError
 from jobs.storage import DONE, Storage
-
-
-@pytest.fixture(params=["local", "memory"])
-def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
-    local = str(tmp_path / "storage")
-    return Storage(local if request.param == "local" else f"memory://{uuid.uuid4().hex}")
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Storage:
-    return Storage(str(tmp_path / "storage"))
+from tests.s3 import S3Server
 
 
 @pytest.fixture
@@ -383,3 +373,138 @@ def test_a_marker_in_the_output_itself_is_not_taken_for_ours(disk: Storage, outp
     disk.publish_folder(output, "k", {})
 
     assert set(disk.read_json(f"k/{DONE}")["files"]) == {"config.json", "shards/1.bin"}
+
+
+# ---- S3 ----
+
+
+def test_creating_on_s3_is_a_conditional_write(s3_server: S3Server):
+    """Looking first and writing then would lose the race that the condition decides."""
+    storage = Storage("s3://studies/conditional")
+    before = s3_server.num_conditional_writes
+
+    assert storage.put_if_absent("a", b"first")
+    assert not storage.put_if_absent("a", b"second")
+
+    assert s3_server.num_conditional_writes == before + 2
+
+
+def test_the_probe_finds_out_a_storage_that_ignores_the_condition(
+    s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+):
+    """Some S3 look-alikes do: of two results of one job, the second would replace the first."""
+    monkeypatch.setattr(s3_server, "ignores_conditions", True)
+
+    assert not Storage("s3://studies/overwriting").probe_put_if_absent()
+
+
+def test_the_probe_finds_out_a_filesystem_that_overwrites(monkeypatch: pytest.MonkeyPatch):
+    """As fsspec's own default does with a mode that a filesystem does not know."""
+    storage = Storage(f"memory://{uuid.uuid4().hex}")
+    pipe = storage.filesystem.pipe_file
+    monkeypatch.setattr(
+        storage.filesystem, "pipe_file", lambda full, data, mode="overwrite": pipe(full, data)
+    )
+
+    assert not storage.probe_put_if_absent()
+
+
+# ---- a poisoned storage ----
+
+
+@pytest.mark.parametrize("name", ["../../evil", "/etc/evil", "a//b", "..", ""])
+def test_a_marker_whose_names_lead_elsewhere_is_no_marker(
+    storage: Storage, tmp_path: Path, name: str
+):
+    """Downloading would write there."""
+    facts = {"size": 4, "sha256": "0" * 64}
+    storage.put(f"k/{DONE}", json.dumps({"files": {name: facts}}).encode())
+
+    assert not storage.is_published("k")
+    with pytest.raises(StorageError, match="never published"):
+        storage.fetch_folder("k", tmp_path / "cache")
+    assert not (tmp_path / "evil").exists()
+
+
+@pytest.mark.parametrize(
+    "files", ['{"a": 5}', '{"a": {"size": "x", "sha256": 1}}', '{"a": {}}', "[" * 100_000]
+)
+def test_a_marker_of_another_shape_is_no_marker(storage: Storage, files: str):
+    storage.put(f"k/{DONE}", b'{"files": %s}' % files.encode())
+
+    assert not storage.is_published("k")
+
+
+def test_json_beyond_all_measure_is_not_read(storage: Storage, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(storage_module, "MAX_JSON_BYTES", 1000)
+    storage.put("a.json", b'"%s"' % (b"x" * 1000))
+    storage.put(f"k/{DONE}", b'{"files": {}, "x": "%s"}' % (b"x" * 1000))
+
+    with pytest.raises(StorageError, match=r"a\.json has more than 1000 bytes"):
+        storage.read_json("a.json")
+    assert not storage.is_published("k")
+
+
+def test_an_empty_file_is_no_json(storage: Storage):
+    """S3 answers a range of an empty file with an error of its own."""
+    storage.put("a.json", b"")
+
+    with pytest.raises(StorageError, match="is not JSON"):
+        storage.read_json("a.json")
+
+
+@pytest.mark.parametrize("name", ["config.json", "shards"])
+def test_a_link_in_a_published_folder_is_refused(
+    disk: Storage, output: Path, tmp_path: Path, name: str
+):
+    """It would have a stage read, and a model loader follow, whatever it points to."""
+    disk.publish_folder(output, "k", {})
+    place = Path(disk.root, "k", name)
+    place.rename(tmp_path / "elsewhere")
+    place.symlink_to(tmp_path / "elsewhere")
+
+    with pytest.raises(StorageError, match=f"k: {name} is a symbolic link"):
+        disk.fetch_folder("k", tmp_path / "cache")
+
+
+def test_a_published_folder_that_is_a_link_is_refused(disk: Storage, output: Path, tmp_path: Path):
+    disk.publish_folder(output, "k", {})
+    Path(disk.root, "k").rename(tmp_path / "elsewhere")
+    Path(disk.root, "k").symlink_to(tmp_path / "elsewhere")
+
+    with pytest.raises(StorageError, match="is a symbolic link"):
+        disk.fetch_folder("k", tmp_path / "cache")
+
+
+def test_a_file_that_nobody_published_is_refused(disk: Storage, output: Path, tmp_path: Path):
+    """A model loader looks for names: an added pytorch_model.bin is a pickle to run."""
+    disk.publish_folder(output, "k", {})
+    Path(disk.root, "k", "pytorch_model.bin").write_bytes(b"")
+
+    with pytest.raises(StorageError, match=r"holds 'pytorch_model\.bin', which nobody published"):
+        disk.fetch_folder("k", tmp_path / "cache")
+
+
+def test_removing_a_folder_spares_what_its_links_point_to(
+    disk: Storage, output: Path, tmp_path: Path
+):
+    disk.publish_folder(output, "k", {})
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").write_text("mine")
+    Path(disk.root, "k", "link").symlink_to(tmp_path / "precious")
+
+    disk.remove_folder("k")
+
+    assert (tmp_path / "precious" / "file").read_text() == "mine"
+    assert not Path(disk.root, "k").exists()
+
+
+def test_a_listing_knows_sizes_and_times(storage: Storage):
+    """By the storage's own clock, which need not agree with ours."""
+    storage.put("a/b", b"12345")
+    storage.put("a/_tmp-left", b"1")
+
+    assert {name: file.size for name, file in storage.files().items()} == {"a/b": 5}
+    everything = storage.files("a", hidden=True)
+    assert set(everything) == {"a/b", "a/_tmp-left"}
+    assert abs(storage.clock() - everything["a/b"].modified) < 60

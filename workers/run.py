@@ -13,8 +13,10 @@ a grid computes what its jobs share once, and a job that was killed goes on wher
 """
 
 import json
+import platform
 import resource
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -25,7 +27,8 @@ import torch
 from jobs.allocation import SlimLLaVASpec
 from jobs.errors import PrunefleetError, known
 from jobs.result import JobResult, Score, Weights
-from jobs.spec import BenchmarkSpec, JobSpec, PruneSpec, RepairSpec
+from jobs.spec import BenchmarkSpec, JobSpec, PruneSpec, RepairSpec, content_key
+from jobs.storage import Storage
 from workers.allocate import Question, allocate, load_allocation, save_allocation
 from workers.bank import build_bank
 from workers.calibrate import calibration_batches
@@ -91,6 +94,7 @@ class _Job:
                 final = self._repair(self.job.repair, final)
                 scores += self._evaluate("repaired", final.folder)
             facts["export"] = f"{self.ctx.storage.url}/{final.path}"
+            facts["weights_sha256"] = _hash_of_weights(self.ctx.storage, final.path)
         facts |= self.counted | _costs(self.stages) | self._environment()
         return JobResult(self.job.key, "complete", tuple(scores), facts=facts)
 
@@ -303,6 +307,7 @@ class _Job:
         return {
             "peak_memory_gib": max(peaks),
             "device": torch.cuda.get_device_name(self.ctx.device) if on_gpu else "cpu",
+            "cpu": _cpu_name(),
             "num_workers": self.ctx.world,
             "warnings": "; ".join(self.ctx.warnings) or None,
         }
@@ -332,6 +337,18 @@ def _tokens_per_input(layer: dict[str, Any]) -> float | None:
     return sum(tokens.values()) / layer["num_inputs"] if tokens else None
 
 
+def _hash_of_weights(storage: Storage, path: str) -> str:
+    """Of a published model folder: equal where every weight is, bit for bit."""
+    files = (storage.read_marker(path) or {})["files"]
+    return content_key(
+        {
+            name: files[name]["sha256"]
+            for name in files
+            if name.startswith("model") and name.endswith(".safetensors")
+        }
+    )
+
+
 def _costs(stages: list[Stage]) -> dict[str, Any]:
     """What each activity took when its stage was built, and what this attempt built itself."""
     parts = {"load": 0.0, "calibrate": 0.0, "export": 0.0}
@@ -356,6 +373,15 @@ def _costs(stages: list[Stage]) -> dict[str, Any]:
             ]
         ),
     }
+
+
+def _cpu_name() -> str:
+    """Rounding differs between kinds of CPU: equal bits are promised on one kind only."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _peak_memory_gib(device: torch.device) -> float:
