@@ -12,7 +12,7 @@ from jobs.result import Weights
 from jobs.spec import JobSpec, content_key, settings_of
 
 CODE_EPOCHS = {
-    "statistics": 1,
+    "statistics": 2,
     "bank": 2,
     "allocate": 1,
     "prune": 3,
