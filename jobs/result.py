@@ -25,10 +25,10 @@ class Score:
 
 @dataclass(frozen=True)
 class JobResult:
-    """The outcome of one job. A failed one has an error and no scores."""
+    """The outcome of one job. A failed one, and one stopped early, has an error and no scores."""
 
     job_key: str
-    status: Literal["complete", "failed"]
+    status: Literal["complete", "failed", "stopped"]
     scores: tuple[Score, ...] = ()
     error: str | None = None
     error_kind: str | None = None

@@ -230,6 +230,24 @@ def _on_failure(value: Any) -> Any:
     return {} if value == "continue" else value
 
 
+class EarlyStop(Spec):
+    """Asynchronous successive halving among jobs of one model, sparsity, pattern and repair.
+
+    A pruned model is judged by its layers' error, then by an evaluation of a few items, before the
+    full one and before any repair. A job that is stopped ends as a row of status `stopped`.
+    """
+
+    reduction: int = Field(default=3, ge=2)
+    """At each signal one in so many goes on: the best of those that have come so far."""
+    num_items: int = Field(default=64, ge=1)
+    """Of the first benchmark, in the small evaluation. Left out where the full one is no larger."""
+
+    @property
+    def key(self) -> str:
+        """A stopped job is run again under another rule."""
+        return content_key(self.model_dump(mode="json"))
+
+
 class RunPolicy(Spec):
     """How a sweep is run. Changes no number, so it is in no job's key."""
 
@@ -238,6 +256,8 @@ class RunPolicy(Spec):
     max_share: float = Field(default=1.0, gt=0, le=1)
     """The most of the cluster's CPUs, GPUs and memory that this sweep takes at a time. One job may
     always run."""
+    early_stop: EarlyStop | None = None
+    """Default: every job runs to its end."""
 
 
 class JobSpec(Spec):

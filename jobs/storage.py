@@ -205,7 +205,7 @@ class Storage:
             if self.is_published(path):
                 return False
             files = _describe(source)
-            done = json.dumps({**marker, "files": files}, indent=1).encode()
+            done = _with_seal({**marker, "files": files})
             publish = self._publish_locally if self.is_local else self._publish_remotely
             return publish(source, path, files, done)
 
@@ -219,7 +219,8 @@ class Storage:
             done = json.loads(data)
         except (ValueError, RecursionError):
             return None
-        return done if isinstance(done, dict) and _are_sound(done.get("files")) else None
+        is_sound = isinstance(done, dict) and _are_sound(done.get("files"))
+        return done if is_sound and done.pop("seal", None) == _seal(done) else None
 
     def _marker_bytes(self, path: str) -> bytes:
         """Empty where there is no marker, or one too large to be ours."""
@@ -425,6 +426,15 @@ class Storage:
                 f"{self._name(path)}: {name} {damage}. Delete the folder to have it made again"
                 + ("" if self.is_local else f", and its copy {folder}")
             )
+
+
+def _with_seal(marker: dict[str, Any]) -> bytes:
+    """The scores of an evaluation stand in its marker: a flipped bit must not become a result."""
+    return json.dumps({**marker, "seal": _seal(marker)}, indent=1).encode()
+
+
+def _seal(marker: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(marker, sort_keys=True).encode()).hexdigest()
 
 
 def _is_hidden(name: str) -> bool:

@@ -131,8 +131,7 @@ def run(
     jobs, place = jobs_of(sweep), Storage(storage)
     for path in board.discard_damaged(place, {job.key for job in jobs}):
         _print_line(f"{place.url}/{path} was damaged and is deleted; its job runs again")
-    settled = board.published_keys(place)
-    missing = [job for job in jobs if settled.get(job.key) != "complete"]
+    missing = board.still_to_run(jobs, place)
     _print_line(
         f"{len(jobs)} jobs, {len(jobs) - len(missing)} complete, {len(missing)} to run. "
         f"Storage: {place.url}"
@@ -197,7 +196,7 @@ def submit(
     jobs, place = jobs_of(sweep), shared_storage(storage)
     settled = board.published_keys(place)
     keys = {job.key for job in jobs}
-    if exit_code(keys, settled) == 0:
+    if not board.still_to_run(jobs, place):
         _print_line(f"{len(jobs)} jobs, all complete: nothing to submit. Storage: {place.url}")
         return
     _check_storage(place)

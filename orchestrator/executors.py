@@ -8,12 +8,10 @@ import gc
 import os
 import re
 import secrets
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 from jobs.errors import (
@@ -92,6 +90,7 @@ def _here(job: JobSpec, storage: Storage, attempt: Attempt) -> JobResult:
 
     from workers.context import Context, threads
     from workers.run import run_job
+    from workers.scratch import scratch_folder
     from workers.watchdog import raised_here
 
     device = torch.device("cuda" if job.resources.gpus_per_worker else "cpu")
@@ -100,11 +99,11 @@ def _here(job: JobSpec, storage: Storage, attempt: Attempt) -> JobResult:
         gc.collect()
         torch.cuda.empty_cache()
     with (
-        tempfile.TemporaryDirectory(prefix=f"prunefleet-{job.key}-") as scratch,
+        scratch_folder(job.key) as scratch,
         threads(job.resources.cpus_per_worker),
         raised_here() as raise_stalled,
     ):
-        context = Context(storage, job.key, Path(scratch), device)
+        context = Context(storage, job.key, scratch, device)
         context.memory_rung = attempt.memory_rung
         with context.watchdog.watching(limit_s, raise_stalled):
             return run_job(job, context)

@@ -2,6 +2,7 @@
 
     leaderboard/rows/<2 hex>/<job_key>.parquet         a complete job's result, for good
     leaderboard/rows/<2 hex>/<job_key>.failed.parquet  what a job failed of, until it completes
+    leaderboard/rows/<2 hex>/<job_key>.stopped.parquet why it was stopped early, likewise
     leaderboard/_compact/gen-<n>-<hash>.parquet        many of them in one file, to read fast
     leaderboard/_compact/manifest-<n>.json             which, in which version
 
@@ -28,7 +29,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -42,9 +43,17 @@ import pyarrow.parquet as pq
 from jobs.crash import crash_point
 from jobs.errors import CorruptError, NumericError, SpecError, StorageError
 from jobs.result import JobResult, Score, Weights
+from jobs.spec import JobSpec
 from jobs.storage import Storage
 
-Status = Literal["complete", "failed"]
+Status = Literal["complete", "failed", "stopped"]
+_SUFFIX: dict[Status, str] = {
+    "complete": ".parquet",
+    "failed": ".failed.parquet",
+    "stopped": ".stopped.parquet",
+}
+_RANK: dict[Status, int] = {"complete": 2, "stopped": 1, "failed": 0}
+"""Of several files of one job the highest counts."""
 
 ROWS = "leaderboard/rows"
 COMPACT = "leaderboard/_compact"
@@ -59,7 +68,7 @@ MAX_UNPACKED_BYTES = 2**30
 
 _OUTCOME = {
     "job_key": pa.string(),  # hash of the job's settings: the same job, the same key
-    "status": pa.string(),  # complete or failed
+    "status": pa.string(),  # complete, failed or stopped (early)
     "error": pa.string(),
     "error_kind": pa.string(),  # whose fault: spec, data, model, numeric, storage, ...
 }
@@ -120,6 +129,7 @@ _FACTS = {
     "image_digest": pa.string(),
     "hostname": pa.string(),
     "attempt": pa.int64(),
+    "stopped_by": pa.string(),  # the rule of early stopping, if one ended the job
     "memory_rung": pa.int64(),  # how often the samples at a time were halved for lack of memory
     "job": pa.string(),  # the resolved job as JSON
     "warnings": pa.string(),  # what was adjusted on the way
@@ -146,20 +156,28 @@ def publish(storage: Storage, job_facts: Mapping[str, Any], result: JobResult) -
     """
     rows = _rows_of(job_facts, result)
     data = _to_parquet(rows, _sha256_of_rows(rows))
-    complete, failed = row_path(result.job_key, "complete"), row_path(result.job_key, "failed")
+    own, complete = (row_path(result.job_key, kind) for kind in (result.status, "complete"))
+    provisional: tuple[Status, ...] = ("failed", "stopped")
+    others = [row_path(result.job_key, kind) for kind in provisional if kind != result.status]
     if result.status == "complete":
-        storage.delete(failed)
+        _delete(storage, others)
         crash_point("between failure and result")
         is_ours = storage.put_if_absent(complete, data)
-        storage.delete(failed)  # of an attempt that failed just now
+        _delete(storage, others)  # of an attempt that failed just now
         return is_ours
     if storage.exists(complete):
         return False
-    storage.put(failed, data)
+    storage.put(own, data)
+    _delete(storage, others)
     if storage.exists(complete):
-        storage.delete(failed)
+        storage.delete(own)
         return False
     return True
+
+
+def _delete(storage: Storage, paths: Iterable[str]) -> None:
+    for path in paths:
+        storage.delete(path)
 
 
 def published_keys(storage: Storage, status: Status | None = None) -> dict[str, Status]:
@@ -167,6 +185,25 @@ def published_keys(storage: Storage, status: Status | None = None) -> dict[str, 
     visible = _visible(storage.list(ROWS))
     keys = {key: _parse_path(path)[1] for key, path in visible.items()}
     return {key: its for key, its in keys.items() if status in (None, its)}
+
+
+def still_to_run(jobs: Sequence[JobSpec], storage: Storage) -> list[JobSpec]:
+    """The jobs without a result. One that was stopped early has none under another rule."""
+    settled = published_keys(storage)
+    stopped = {job.key for job in jobs if settled.get(job.key) == "stopped"}
+    by_rule = {key: _stopped_by(storage, key) for key in stopped}
+    return [
+        job
+        for job in jobs
+        if settled.get(job.key) != "complete"
+        and not (job.policy.early_stop and by_rule.get(job.key) == job.policy.early_stop.key)
+    ]
+
+
+def _stopped_by(storage: Storage, job_key: str) -> str | None:
+    table = _read_rows(storage, row_path(job_key, "stopped"))
+    rule = table["stopped_by"][0].as_py() if table is not None and len(table) else None
+    return None if rule is None else str(rule)
 
 
 def load(storage: Storage | str, query: str | None = None) -> pd.DataFrame:
@@ -261,16 +298,16 @@ def row_path(job_key: str, status: Status) -> str:
     """Where a job's rows lie in the storage."""
     if not re.fullmatch(r"[0-9a-f]{8,64}", job_key):
         raise ValueError(f"job key {job_key!r}: 8 to 64 digits of a hexadecimal hash, lower case")
-    suffix = ".parquet" if status == "complete" else ".failed.parquet"
-    return f"{ROWS}/{job_key[:2]}/{job_key}{suffix}"
+    return f"{ROWS}/{job_key[:2]}/{job_key}{_SUFFIX[status]}"
 
 
 def _parse_path(path: str) -> tuple[str, Status]:
     """Job key and status of a row's file; the key is empty if it is none of ours."""
     key, _, suffix = path.rpartition("/")[2].partition(".")
-    if suffix == "parquet":
-        return key, "complete"
-    return (key if suffix == "failed.parquet" else ""), "failed"
+    for status, its in _SUFFIX.items():
+        if f".{suffix}" == its:
+            return key, status
+    return "", "failed"
 
 
 def _visible(paths: Iterable[str]) -> dict[str, str]:
@@ -278,7 +315,7 @@ def _visible(paths: Iterable[str]) -> dict[str, str]:
     by_key: dict[str, str] = {}
     for path in paths:
         key, status = _parse_path(path)
-        if key and (status == "complete" or key not in by_key):
+        if key and (key not in by_key or _RANK[status] > _RANK[_parse_path(by_key[key])[1]]):
             by_key[key] = path
     return dict(sorted(by_key.items()))
 
@@ -302,11 +339,11 @@ def _rows_of(job_facts: Mapping[str, Any], result: JobResult) -> pa.Table:
 def _check_outcome(result: JobResult) -> None:
     what = f"job {result.job_key}"
     if result.status not in get_args(Status):
-        raise ValueError(f"{what}: status is {result.status!r}, not complete or failed")
+        raise ValueError(f"{what}: status is {result.status!r}, not one of {get_args(Status)}")
     if result.status == "complete" and result.error:
         raise ValueError(f"{what} is complete and has an error: {result.error}")
-    if result.status == "failed" and (not result.error or result.scores):
-        raise ValueError(f"{what} failed: it needs an error, and can have no scores")
+    if result.status != "complete" and (not result.error or result.scores):
+        raise ValueError(f"{what} {result.status}: it needs an error, and can have no scores")
     seen = set()
     for score in result.scores:
         name = (score.weights, score.benchmark, score.metric)
@@ -560,5 +597,5 @@ def _delete_superseded_failures(storage: Storage) -> None:
     paths = set(storage.list(ROWS))
     for path in paths:
         key, status = _parse_path(path)
-        if key and status == "failed" and row_path(key, "complete") in paths:
+        if key and status != "complete" and row_path(key, "complete") in paths:
             storage.delete(path)

@@ -63,6 +63,8 @@ class Progress:
             self.storage.delete(f"progress/{job.key}.json")
         if result.status == "failed":
             outcome = f"failed ({result.error_kind}): {result.error}"
+        elif result.status == "stopped":
+            outcome = f"stopped early: {result.error}"
         else:
             scores = {(s.weights, s.benchmark): s for s in result.scores}
             last = list(scores.values())[-1]

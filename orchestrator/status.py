@@ -14,7 +14,7 @@ from jobs.storage import Storage
 from orchestrator import leaderboard
 from orchestrator.progress import STALE_S, describe, read_beat
 
-State = Literal["complete", "failed", "running", "silent", "waiting"]
+State = Literal["complete", "stopped", "failed", "running", "silent", "waiting"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def sweep_status(
         row = settled.get(job.key)
         beat = None if row == "complete" else read_beat(storage, job.key)
         state = state_of(row, beat["time"] if beat else None, now=now, ended=ended)
-        if beat is None or state == "failed":
+        if beat is None or state in ("failed", "stopped"):
             states.append(JobStatus(job.key, describe(job), state))
             continue
         age_s = max(0.0, now - beat["time"])  # of another machine's clock, which may be ahead
@@ -70,6 +70,8 @@ def state_of(
     """
     if row == "complete":
         return "complete"
+    if row == "stopped":
+        return "stopped"
     if beat is not None and now - beat <= STALE_S and (ended is None or beat > ended):
         return "running"
     if row == "failed":
@@ -80,14 +82,14 @@ def state_of(
 def summary(states: list[JobStatus]) -> str:
     """`16 jobs: 12 complete, 2 running, 2 waiting`."""
     counts = Counter(job.state for job in states)
-    order: tuple[State, ...] = ("complete", "failed", "running", "silent", "waiting")
+    order: tuple[State, ...] = ("complete", "stopped", "failed", "running", "silent", "waiting")
     parts = ", ".join(f"{counts[state]} {state}" for state in order if counts[state])
     return f"{len(states)} jobs: {parts}"
 
 
 def exit_code(keys: set[str], settled: Mapping[str, Any]) -> int:
-    """Of a sweep that has ended, as `run` would end: 0 all complete, 3 some failed or missing."""
-    return 0 if all(settled.get(key) == "complete" for key in keys) else 3
+    """Of a sweep that has ended, as `run` would end: 0 if no job failed or is missing, else 3."""
+    return 0 if all(settled.get(key) in ("complete", "stopped") for key in keys) else 3
 
 
 def ago(seconds: float) -> str:

@@ -34,10 +34,17 @@ def print_leaderboard(frame: pd.DataFrame, console: Console) -> None:
             by_job.setdefault(row["job_key"], []).append(row)
         jobs = [_cells(its) for its in by_job.values()]
         _print_table(f"{benchmark}, {metric}", jobs, console)
-    failed = frame[frame["status"] == "failed"]
-    if len(failed):
-        _print_line(f"{len(failed)} failed", console, style="bold red")
-    for job in failed.to_dict("records"):
+    _print_without_result("stopped", "stopped early", "yellow", frame, console)
+    _print_without_result("failed", "failed", "bold red", frame, console)
+
+
+def _print_without_result(
+    status: str, title: str, style: str, frame: pd.DataFrame, console: Console
+) -> None:
+    jobs = frame[frame["status"] == status]
+    if len(jobs):
+        _print_line(f"{len(jobs)} {title}", console, style=style)
+    for job in jobs.to_dict("records"):
         cells = [_text(job[name]) for name in ("model", "method", "sparsity", "pattern")]
         what = " ".join(cell for cell in cells if cell)
         _print_line(f"{job['job_key'][:8]}  {what}  {job['error_kind']}: {job['error']}", console)

@@ -123,9 +123,9 @@ def _easy_vqa_folder() -> Path:
 def _easy_vqa(split: Split, *, open_only: bool) -> list[Sample]:
     folder = _easy_vqa_folder() / split
     records = json.loads((folder / "questions.json").read_text())
-    images = folder / "images"
+    images = {i: folder / "images" / f"{i}.png" for i in {record[2] for record in records}}
     return [
-        Sample(image=images / f"{image_id}.png", turns=((question, answer),))
+        Sample(image=images[image_id], turns=((question, answer),))
         for question, answer, image_id in records
         if not (open_only and answer in ("yes", "no"))
     ]

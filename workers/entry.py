@@ -4,7 +4,6 @@ Light on purpose: Ray imports it in helper processes that never need torch.
 """
 
 import os
-import tempfile
 import threading
 from dataclasses import asdict
 from functools import partial
@@ -16,6 +15,7 @@ import ray.train
 from jobs.spec import JobSpec
 from jobs.storage import Storage
 from workers.keys import TRAIN_FOLDER, stalled_path
+from workers.scratch import scratch_folder
 
 LAST_WORD_S = 10.0
 
@@ -35,8 +35,8 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
 
     job = JobSpec.model_validate(config["job"])
     torch.set_num_threads(job.resources.cpus_per_worker)
-    with tempfile.TemporaryDirectory(prefix=f"prunefleet-{job.key}-") as scratch:
-        context = _train_context(Storage(config["storage"]), job.key, Path(scratch))
+    with scratch_folder(job.key) as scratch:
+        context = _train_context(Storage(config["storage"]), job.key, scratch)
         context.memory_rung = config["memory_rung"]
         limit_s = 60 * job.resources.stalled_after_minutes
         with context.watchdog.watching(limit_s, partial(_leave, context.storage, job.key)):

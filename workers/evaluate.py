@@ -21,6 +21,7 @@ from workers.teacher import answer_logits
 
 Z_95 = 1.959964
 SCORE_FIELDS = ("metric", "score", "score_low", "score_high", "num_items")
+SMALLER_IS_BETTER = {"perplexity", "answer_loss"}
 PREDICTIONS_FILE = "predictions.jsonl"
 
 

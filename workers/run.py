@@ -33,8 +33,9 @@ from workers.allocate import Question, allocate, load_allocation, save_allocatio
 from workers.bank import build_bank
 from workers.calibrate import calibration_batches
 from workers.context import Context
+from workers.early_stop import reason_to_stop
 from workers.encode import Encoded, Encoder
-from workers.evaluate import SCORE_FIELDS, evaluate
+from workers.evaluate import SCORE_FIELDS, SMALLER_IS_BETTER, evaluate
 from workers.keys import STAGES, StageKeys
 from workers.locate import locate
 from workers.models import VisionLanguageModel, count_sparsity, load_model, save_model
@@ -87,9 +88,12 @@ class _Job:
         scores = self._evaluate("dense", self.folder)
         if self.job.prune is not None:
             final = self._prune(self.job.prune)
-            scores += self._evaluate("pruned", final.folder)
             facts |= _facts_of_pruning(final)
             self._warn_of_few_tokens(self.job.prune, final)
+            reason = self._reason_to_stop(final, facts["layer_error_mean"])
+            if reason is not None:
+                return self._stopped(reason, facts)
+            scores += self._evaluate("pruned", final.folder)
             if self.job.repair is not None:
                 final = self._repair(self.job.repair, final)
                 scores += self._evaluate("repaired", final.folder)
@@ -97,6 +101,28 @@ class _Job:
             facts["weights_sha256"] = _hash_of_weights(self.ctx.storage, final.path)
         facts |= self.counted | _costs(self.stages) | self._environment()
         return JobResult(self.job.key, "complete", tuple(scores), facts=facts)
+
+    def _reason_to_stop(self, pruned: Stage, layer_error: float | None) -> str | None:
+        """By what is known early: the layers' error, then an evaluation of a few items."""
+        rule = self.job.policy.early_stop
+        if rule is None:
+            return None
+        reason = reason_to_stop(self.job, rule, "layer error", layer_error, self.ctx)
+        full = self.job.evaluate[0]
+        if reason is not None or (full.num_items or rule.num_items + 1) <= rule.num_items:
+            return reason
+        small = full.model_copy(update={"num_items": rule.num_items})
+        keys = StageKeys.of(self.job.model_copy(update={"evaluate": (small,)}))
+        stage = self._benchmark(small, pruned.folder, keys.evaluate["pruned", small.label])
+        metric, score = stage.info["metric"], stage.info["score"]
+        loss = score if metric in SMALLER_IS_BETTER else -score
+        return reason_to_stop(self.job, rule, f"{metric} on {small.label}", loss, self.ctx)
+
+    def _stopped(self, reason: str, facts: dict[str, Any]) -> JobResult:
+        rule = self.job.policy.early_stop
+        assert rule is not None
+        facts = facts | _costs(self.stages) | self._environment() | {"stopped_by": rule.key}
+        return JobResult(self.job.key, "stopped", error=reason, error_kind="stopped", facts=facts)
 
     def _prune(self, spec: PruneSpec) -> Stage:
         calibration, key = self.job.calibration, _there(self.keys.prune)
