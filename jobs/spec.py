@@ -256,6 +256,9 @@ class RunPolicy(Spec):
     max_share: float = Field(default=1.0, gt=0, le=1)
     """The most of the cluster's CPUs, GPUs and memory that this sweep takes at a time. One job may
     always run."""
+    priority: int = 0
+    """A run starts no further job while another of a higher priority, on the same cluster and with
+    the same storage, has jobs that wait. What runs is left alone."""
     early_stop: EarlyStop | None = None
     """Default: every job runs to its end."""
 

@@ -29,6 +29,7 @@ from jobs.result import JobResult
 from jobs.spec import JobSpec
 from jobs.storage import Storage
 from orchestrator.admission import TRIAL_MEMORY, Node, Queue, check_feasible, need_of, tell
+from orchestrator.fleet import Fleet
 from orchestrator.retry import Attempt
 from orchestrator.settle import fail, settle
 from workers.keys import TRAIN_FOLDER, stalled_path
@@ -152,11 +153,14 @@ class RayExecutor:
 
 def _run_trials(jobs: Sequence[JobSpec], storage: Storage, on_settled: OnSettled) -> None:
     """One Tune run over all jobs; which of them runs when is our queue's decision."""
+    import ray
     from ray import tune
     from ray.tune.search import Searcher
 
     policy = jobs[0].policy
     queue = Queue(jobs, max_share=policy.max_share, stop_after=policy.on_failure.stop_after)
+
+    fleet = Fleet(storage, ray.get_runtime_context().gcs_address, policy.priority)
 
     class Admission(Searcher):  # type: ignore[misc]
         """Tune asks it for the next trial about once a second, and whenever one has ended."""
@@ -170,6 +174,8 @@ def _run_trials(jobs: Sequence[JobSpec], storage: Storage, on_settled: OnSettled
                 return Searcher.FINISHED
             if not queue.is_idle:
                 self.room_due = time.monotonic() + ROOM_PATIENCE_S
+            if fleet.gives_way(len(queue.waiting)):
+                return None
             others_matter = time.monotonic() < self.room_due
             job = queue.next(_nodes(), _unused() if others_matter else None)
             return job and {"job": job.model_dump(mode="json"), "storage": storage.url}
@@ -200,7 +206,7 @@ def _run_trials(jobs: Sequence[JobSpec], storage: Storage, on_settled: OnSettled
             return tune.Callback, ()
 
     name = f"{jobs[0].sweep}-{uuid.uuid4().hex[:8]}"
-    tune.Tuner(
+    tuner = tune.Tuner(
         tune.with_resources(_trial, TRIAL_RESOURCES),
         tune_config=tune.TuneConfig(
             num_samples=len(jobs),
@@ -215,7 +221,11 @@ def _run_trials(jobs: Sequence[JobSpec], storage: Storage, on_settled: OnSettled
             callbacks=[Report()],
             verbose=0,
         ),
-    ).fit()
+    )
+    try:
+        tuner.fit()
+    finally:
+        fleet.leave()
     storage.remove_folder(f"{TUNE_FOLDER}/{name}")
 
 

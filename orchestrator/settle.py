@@ -95,7 +95,7 @@ def _publish_patiently(storage: Storage, columns: dict[str, Any], result: JobRes
             return
         except StorageError as error:
             log.warning("publishing %s: %s; again in %g s", result.job_key, error, pause_s)
-            time.sleep(pause_s)
+            time.sleep(jittered(pause_s))
     leaderboard.publish(storage, columns, result)
 
 

@@ -1,10 +1,14 @@
 """Which job may start when: the queue as a table, without Ray."""
 
+from pathlib import Path
+
 import pytest
 
 from jobs.errors import SpecError
 from jobs.spec import JobSpec, Resources
+from jobs.storage import Storage
 from orchestrator.admission import MAX_OVERTAKEN, Node, Queue, check_feasible
+from orchestrator.fleet import Fleet
 from tests.test_settle import DENSE
 
 GIB = 2**30
@@ -164,3 +168,35 @@ def test_after_enough_failures_nothing_more_starts() -> None:
     assert started(queue, SMALL) == []
     assert queue.is_over
     assert queue.waiting == [jobs[5]]
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.time = 0.0
+
+    def __call__(self) -> float:
+        return self.time
+
+
+def test_a_run_gives_way_to_a_higher_priority_that_has_jobs_waiting(tmp_path: Path) -> None:
+    """Not to its own kind, not to one that has all its jobs running, not to one on another
+    cluster, and not to one that died: of that, the beat stays what it was."""
+    storage, clock = Storage(str(tmp_path)), Clock()
+    low, same = (Fleet(storage, "a", 0, now=clock) for _ in range(2))
+    high, elsewhere = (Fleet(storage, name, 5, now=clock) for name in ("a", "b"))
+
+    def asked(one: Fleet, waiting: int = 3) -> bool:
+        clock.time += 6
+        return one.gives_way(waiting)
+
+    elsewhere.gives_way(9)
+    assert not asked(same)
+    assert not asked(low)
+    assert not asked(high)
+    assert asked(low)
+    high.leave()
+    assert not asked(low)
+    assert not asked(high, waiting=0)
+    assert not asked(low)
+    assert not asked(high)
+    assert [asked(low) for _ in range(6)] == [True, True, True, True, True, False]

@@ -66,7 +66,7 @@ class Round:
         while self.injected.total() < num_faults:
             kind = self.dice.choices(kinds, weights)[0]
             was_injected = kind()
-            self._look_for_recomputed_stages(kind.__name__)
+            self.look_for_recomputed_stages(kind.__name__)
             self.injected[kind.__name__.replace("_", " ")] += was_injected
         self.finish()
 
@@ -75,7 +75,7 @@ class Round:
         code = self.world.run(self.name)
         if code != 0:
             self.problems.append(f"the run in peace ended with {code}")
-        self._look_for_recomputed_stages("the run in peace")
+        self.look_for_recomputed_stages("the run in peace")
         self.problems += self.world.differences(self.name)
         if multiprocessing.active_children():
             self.problems.append(f"still there: {multiprocessing.active_children()}")
@@ -128,7 +128,7 @@ class Round:
         compact = ["leaderboard", "--compact", "--storage", self.world.folder / self.name]
         return run(*compact, trouble=Trouble(crash_at=point), log=self.world.log) == 86
 
-    def _look_for_recomputed_stages(self, when: str) -> None:
+    def look_for_recomputed_stages(self, when: str) -> None:
         now = self.world.finished_stages(self.name)
         for path, inode in self._finished.items():
             if now.get(path) != inode:
