@@ -248,8 +248,10 @@ class TowerWalk:
                 inputs, output = self._run_watched(batch)
                 taps = _group_by_identity(inputs)
                 for names, tensor in taps.items():
-                    parts = sums.setdefault(names, self._no_sums(names))
-                    self._add(parts, tensor, batch.without_visual() if self._is_atv else batch)
+                    if names not in sums:
+                        sums[names] = self._no_sums(names)
+                    counted = batch.without_visual() if self._is_atv else batch
+                    self._add(sums[names], tensor, counted)
                 if self._is_atv:
                     held.append(_Held.of(_drift(batch, output), taps))
                 if advance:
@@ -388,10 +390,10 @@ class TowerWalk:
         in float32, one and two workers agreed in 98% of the demo model's mask at 2:4 only.
         """
         num_inputs = self.layers[names[0]].linear.in_features
-        parts = {name: Statistics.empty(num_inputs, self.ctx.device) for name in MODALITIES}
-        for part in parts.values():
-            part.gram_II = part.gram_II.double()
-        return parts
+        return {
+            name: Statistics.empty(num_inputs, self.ctx.device, torch.float64)
+            for name in MODALITIES
+        }
 
     def _add(self, parts: TapStatistics, tensor: Tensor, batch: "_Batch") -> None:
         """Add a batch's tokens to the sums of their modality, less those of weight 0."""

@@ -34,9 +34,15 @@ class Statistics:
     num_sequences: float = 0
 
     @classmethod
-    def empty(cls, num_inputs: int, device: torch.device | str = "cpu") -> "Statistics":
+    def empty(
+        cls,
+        num_inputs: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> "Statistics":
+        """Of no tokens. The Gram is summed in `dtype`."""
         return cls(
-            torch.zeros(num_inputs, num_inputs, device=device),
+            torch.zeros(num_inputs, num_inputs, dtype=dtype, device=device),
             torch.zeros(num_inputs, dtype=torch.float64, device=device),
         )
 
