@@ -207,6 +207,18 @@ def test_dense_statistics_are_computed_once_for_a_grid(place: Place) -> None:
     assert results[0].facts["layer_error_mean"] > results[1].facts["layer_error_mean"] > 0
 
 
+def test_a_gram_matrix_without_full_rank_is_told(place: Place) -> None:
+    """One question has fewer tokens than 64 inputs. SparseGPT solves with it; Wanda does not."""
+    changes = {"num_samples: 6": "num_samples: 1, tokens: text"}
+    jobs = [job for job in place.jobs("[wanda, sparsegpt]", **changes) if not job.repair][1:]
+
+    wanda, sparsegpt = (run_job(job, place.context(job)).facts for job in jobs)
+
+    assert wanda["tokens_per_input_min"] == sparsegpt["tokens_per_input_min"] < 1
+    assert "on fewer tokens than they have inputs" in sparsegpt["warnings"]
+    assert wanda["warnings"] is None
+
+
 def test_sparsegpt_disturbs_the_outputs_least(place: Place) -> None:
     """On equal inputs at 2:4: SparseGPT below Wanda. Magnitude sees no data, so null, never 0."""
     jobs = [job for job in place.jobs("[magnitude, wanda, sparsegpt]") if not job.repair][1:]

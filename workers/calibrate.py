@@ -58,8 +58,7 @@ class Tap:
         """
         if not self.statistics:
             return None
-        is_vision = self.layers[0].tower == "vision"
-        weights = dict.fromkeys(MODALITIES, 1.0) if is_vision else calibration.weights
+        weights = self._weights(calibration)
         present = {
             name: part
             for name, part in self.statistics.items()
@@ -70,6 +69,18 @@ class Tap:
         total = mix(present, {name: weights[name] for name in present})
         total.check_finite(self.layers[0].name)
         return total
+
+    def num_tokens(self, calibration: CalibrationSpec) -> dict[Modality, int] | None:
+        """The tokens that `mixed` counts, by modality. None without statistics."""
+        weights = self._weights(calibration)
+        return {
+            name: int(part.num_tokens) if weights[name] else 0
+            for name, part in self.statistics.items()
+        } or None
+
+    def _weights(self, calibration: CalibrationSpec) -> dict[Modality, float]:
+        is_vision = self.layers[0].tower == "vision"
+        return dict.fromkeys(MODALITIES, 1.0) if is_vision else calibration.weights
 
 
 def calibration_batches(

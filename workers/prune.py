@@ -47,7 +47,7 @@ class LayerReport:
     damping: float | None
     """Share added to the Hessian's diagonal; null where none was factored."""
     num_inputs: int
-    tokens: dict[str, float] | None
+    tokens: dict[str, int] | None
     """Calibration tokens that reached its input, by modality; null without statistics. With fewer
     than `num_inputs` in all, the Gram matrix has not full rank."""
     bias: Literal["kept", "compensated"] | None
@@ -282,7 +282,7 @@ def _prune_tap(
             layer_error=_layer_error(linear.weight.data, result.weight_OI, statistics, shift_O),
             damping=result.damping_used,
             num_inputs=linear.in_features,
-            tokens={name: part.num_tokens for name, part in tap.statistics.items()} or None,
+            tokens=tap.num_tokens(calibration),
             bias=None if linear.bias is None else "compensated" if compensates else "kept",
         )
         linear.weight.data = result.weight_OI

@@ -212,7 +212,7 @@ class _Job:
             worst = min(few, key=lambda layer: _tokens_per_input(layer) or 1)
             self.ctx.warn(
                 f"{len(few)} of {len(layers)} layers were calibrated on fewer tokens than they "
-                f"have inputs, {worst['name']} on {sum(worst['tokens'].values()):.0f} for "
+                f"have inputs, {worst['name']} on {sum(worst['tokens'].values())} for "
                 f"{worst['num_inputs']}: raise calibration.num_samples, or count more tokens"
             )
 
