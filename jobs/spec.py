@@ -19,6 +19,9 @@ Tower = Literal["vision", "language"]
 TOWERS: tuple[Tower, ...] = ("vision", "language")
 
 
+Part = Literal["vision", "language", "projector"]
+
+
 class Spec(BaseModel):
     """Frozen; an unknown key is an error, and so is a NaN or an infinity."""
 
@@ -31,6 +34,7 @@ def _shorthand(field: str) -> BeforeValidator:
 
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Rank = Annotated[int, Field(ge=1)]
 
 
 class ModelSpec(Spec):
@@ -153,11 +157,18 @@ class PruneSpec(Spec):
 
 
 class RepairSpec(Spec):
-    method: Literal["sparse_lora"] = "sparse_lora"
-    """Low-rank update under the pruning mask: W_eff = (W + s BA) * M (RESSA, section 3)."""
-    rank: int = Field(default=8, ge=1)
+    method: Literal["sparse_lora", "lora", "spp", "norms", "full"] = "sparse_lora"
+    """`sparse_lora`: a low-rank update under the pruning mask, W_eff = (W + s BA) * M (RESSA,
+    section 3). To compare with it: `spp`: scales what is left, W_eff = W * (1 + s A * c). `norms`:
+    norms and biases only (PERP). `full`: every kept weight, and norms and biases. `lora`: a
+    low-rank update without a mask, which fills the zeros again."""
+    rank: Rank | dict[Part, Rank] = 8
+    """Of the update; one for all, or one each: `{vision: 4, language: 8, projector: 2}`."""
     alpha: float = Field(default=16.0, gt=0)
     """The update is scaled by alpha / rank."""
+    projector: Literal["full", "lora", "frozen"] = "full"
+    """How to train the projector, which is not pruned: its weights, a plain low-rank update of
+    them (RESSA, for its Q-Former), or not at all."""
     num_steps: int = Field(default=200, ge=1)
     """Optimizer steps."""
     batch_size: int = Field(default=32, ge=1)
@@ -175,14 +186,60 @@ class RepairSpec(Spec):
     distill: float = Field(default=0.1, ge=0, le=1)
     """Weight of the KL term to the dense model's answers; 1 - distill is the task loss's."""
     temperature: float = Field(default=1.0, gt=0)
-    train_projector: bool = True
-    """Train the projector's weights too (it is not pruned)."""
+    distill_hidden: float = Field(default=0.0, ge=0)
+    """Weight of the relative squared error of the blocks' outputs to the dense model's, added to
+    the rest."""
+    teacher: Literal["auto", "cached", "live"] = "auto"
+    """Where the dense model's answers come from. `cached`: computed once for the grid, the 64
+    likeliest tokens and the mass of the rest; cheaper from the second job or epoch on, and without
+    the dense weights in memory. `live`: run beside every step, exact over the whole vocabulary; it
+    is the model itself without mask and adapters where `sparse_lora` repairs trained weights (no
+    memory, a forward more a step), and a second model otherwise. `auto`: cached, unless
+    `distill_hidden` or `ressa_compat` needs the live one."""
+    ressa_compat: bool = False
+    """The loss and the learning rate that RESSA's code has in fact: KL over all positions, prompt
+    and padding included, divided by the batch size only and not times temperature squared; one
+    step at 1e-6, then a constant rate. Not reproduced: fp16 with loss scaling (float32 or bfloat16
+    here), and cross-entropy averaged by worker (over the whole batch here). Its other settings are
+    `{rank: {vision: 4, language: 8, projector: 2}, projector: lora, learning_rate: 0.0001,
+    max_gradient_norm: 0}` and 25,000 samples in one epoch."""
     dataset: Dataset | None = None
     """Default: the calibration's dataset."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     num_workers: int = Field(default=1, ge=1)
     checkpoint_every: int = Field(default=50, ge=1)
     """Steps between checkpoints: what a kill costs at most."""
+
+    @model_validator(mode="after")
+    def _settings_agree(self) -> "RepairSpec":
+        if self.teacher == "cached" and self.needs_live_teacher:
+            what = "ressa_compat" if self.ressa_compat else "distill_hidden"
+            raise ValueError(f"teacher: cached has no answers for {what}; use live, or auto")
+        if self.method in ("norms", "full") and self.rank != 8:
+            raise ValueError(f"rank has no effect on method {self.method}: leave it out")
+        if self.projector == "lora" and self.rank_of("projector") is None:
+            raise ValueError(
+                "projector: lora needs a rank, as in rank: {language: 8, projector: 2}"
+            )
+        return self
+
+    def rank_of(self, part: Part) -> int | None:
+        """None where `rank` names ranks, but not this part's."""
+        return self.rank.get(part) if isinstance(self.rank, dict) else self.rank
+
+    @property
+    def needs_live_teacher(self) -> bool:
+        """Cached answers hold no hidden states, and nothing before the answer."""
+        return self.distill_hidden > 0 or self.ressa_compat
+
+    @property
+    def has_live_teacher(self) -> bool:
+        distils = self.distill > 0 or self.distill_hidden > 0
+        return distils and (self.teacher == "live" or self.needs_live_teacher)
+
+    @property
+    def has_cached_teacher(self) -> bool:
+        return self.distill > 0 and not self.has_live_teacher
 
 
 class BenchmarkSpec(Spec):

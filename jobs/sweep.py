@@ -126,7 +126,7 @@ class ExcludeSpec(Spec):
     sparsity: Sparsity | None = None
     towers: Towers | None = None
     allocation: str | None = None
-    repair: Literal["none", "sparse_lora"] | None = None
+    repair: Literal["none", "sparse_lora", "lora", "spp", "norms", "full"] | None = None
 
     @model_validator(mode="after")
     def _names_something(self) -> "ExcludeSpec":

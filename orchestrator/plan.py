@@ -261,9 +261,12 @@ def _check_job(job: JobSpec) -> None:
         if job.prune is not None and not job.prune.sparsity:
             raise SpecError(
                 "repair: at sparsity 0 no layer is pruned, and there is nothing to repair. "
-                "Leave it out with exclude: {sparsity: 0, repair: sparse_lora}"
+                "Leave it out with exclude: {sparsity: 0, repair: " + job.repair.method + "}"
             )
         _check_repair(job.repair, facts)
+        for tower in job.prune.sparsity if job.prune else ():
+            if job.repair.rank_of(tower) is None:
+                raise SpecError(f"repair.rank: the {tower} tower is pruned, and has no rank")
 
 
 def _check_pattern(prune: PruneSpec, facts: ModelFacts) -> None:

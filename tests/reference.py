@@ -111,3 +111,24 @@ def best_swap(
             swapped_I[dropped], swapped_I[back] = False, True
             found.append((error(swapped_I) - error(keep_I), dropped, back))
     return min(found)
+
+
+def ressa_loss(
+    student_BTV: Tensor, teacher_BTV: Tensor, labels_BT: Tensor, weight: float, temperature: float
+) -> tuple[float, float, float]:
+    """RESSA's loss as its code runs, arXiv:2404.02424, one position at a time.
+
+    Returns:
+        The loss, the mean cross-entropy of the answers (labels of -100 are none), and the KL.
+    """
+    entropies, divergence = [], 0.0
+    for student_TV, teacher_TV, labels_T in zip(student_BTV, teacher_BTV, labels_BT, strict=True):
+        for t, (student_V, teacher_V) in enumerate(zip(student_TV, teacher_TV, strict=True)):
+            p_V = (teacher_V / temperature).softmax(0)
+            q_V = (student_V / temperature).softmax(0)
+            divergence += sum(float(p * (p.log() - q.log())) for p, q in zip(p_V, q_V, strict=True))
+            label = labels_T[t + 1] if t + 1 < len(labels_T) else -100
+            if label != -100:
+                entropies.append(-float(student_V.softmax(0)[label].log()))
+    task, divergence = sum(entropies) / len(entropies), divergence / len(labels_BT)
+    return (1 - weight) * task + weight * divergence, task, divergence

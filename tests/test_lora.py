@@ -25,7 +25,7 @@ def layer_with_adapter(
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(NUM_INPUTS, num_outputs)).to(dtype)
     mask_OI = torch.rand(num_outputs, NUM_INPUTS) < 0.5
-    add_sparse_lora(model, {"0": mask_OI}, rank=3, alpha=6.0, seed=0)
+    add_sparse_lora(model, {"0": mask_OI}, ranks={"0": 3}, alpha=6.0, seed=0)
     layer = model[0]
     assert isinstance(layer, SparseLoraLinear)
     nn.init.normal_(layer.lora_B["default"].weight)
@@ -95,7 +95,7 @@ def test_a_fresh_adapter_changes_nothing_but_applies_the_mask():
     weight_OI = model[0].weight.detach().clone()
     x = torch.randn(4, NUM_INPUTS)
 
-    add_sparse_lora(model, {"0": mask_OI}, rank=3, alpha=6.0, seed=0)
+    add_sparse_lora(model, {"0": mask_OI}, ranks={"0": 3}, alpha=6.0, seed=0)
 
     expected = nn.functional.linear(x, weight_OI * mask_OI, model[0].base_layer.bias)
     assert torch.equal(model(x), expected)
@@ -105,7 +105,7 @@ def test_merging_keeps_every_zero_and_every_bit_of_the_output():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(NUM_INPUTS, NUM_OUTPUTS), nn.ReLU(), nn.Linear(NUM_OUTPUTS, 4))
     mask_OI = torch.rand(NUM_OUTPUTS, NUM_INPUTS) < 0.5
-    wrapped = add_sparse_lora(model, {"0": mask_OI}, rank=3, alpha=6.0, seed=0)
+    wrapped = add_sparse_lora(model, {"0": mask_OI}, ranks={"0": 3}, alpha=6.0, seed=0)
     nn.init.normal_(model[0].lora_B["default"].weight)
     x = torch.randn(4, NUM_INPUTS)
     before = model(x)
@@ -127,7 +127,7 @@ def test_a_kept_weight_that_is_zero_trains_and_a_dropped_one_does_not():
     mask_OI[1, 1] = False
     with torch.no_grad():
         model[0].weight[0, 0] = model[0].weight[1, 1] = 0.0
-    wrapped = add_sparse_lora(model, {"0": mask_OI}, rank=3, alpha=6.0, seed=0)
+    wrapped = add_sparse_lora(model, {"0": mask_OI}, ranks={"0": 3}, alpha=6.0, seed=0)
     packed = model[0].packed_mask.clone()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
 
@@ -145,7 +145,7 @@ def test_only_the_masked_layers_get_adapters_and_all_else_is_frozen():
     """PEFT matches names by suffix: "fc" must not catch "vision.fc"."""
     model = nn.ModuleDict({"fc": nn.Linear(4, 4), "vision": nn.ModuleDict({"fc": nn.Linear(4, 4)})})
 
-    add_sparse_lora(model, {"fc": torch.ones(4, 4) > 0}, rank=2, alpha=2.0, seed=0)
+    add_sparse_lora(model, {"fc": torch.ones(4, 4) > 0}, ranks={"fc": 2}, alpha=2.0, seed=0)
 
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {
         "fc.lora_A.default.weight",
@@ -161,7 +161,7 @@ def test_the_same_seed_gives_the_same_adapter_and_leaves_the_global_one_alone():
     for seed in (0, 0, 1):
         torch.manual_seed(7)
         model = nn.Sequential(nn.Linear(4, 4))
-        add_sparse_lora(model, {"0": torch.ones(4, 4) > 0}, rank=2, alpha=2.0, seed=seed)
+        add_sparse_lora(model, {"0": torch.ones(4, 4) > 0}, ranks={"0": 2}, alpha=2.0, seed=seed)
         starts.append(model[0].lora_A["default"].weight.detach())
 
     assert torch.equal(starts[0], starts[1])
@@ -197,4 +197,4 @@ def test_a_mask_that_fits_no_layer_is_refused(name: str, shape: tuple[int, int],
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
 
     with pytest.raises(ModelError, match=message):
-        add_sparse_lora(model, {name: torch.ones(shape) > 0}, rank=2, alpha=2.0, seed=0)
+        add_sparse_lora(model, {name: torch.ones(shape) > 0}, ranks={name: 2}, alpha=2.0, seed=0)

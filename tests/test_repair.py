@@ -27,6 +27,8 @@ from jobs.spec import RepairSpec
 from jobs.storage import Storage
 from workers import repair as repair_module
 from workers.context import Context, threads
+from workers.families import FAMILIES
+from workers.models import VisionLanguageModel
 from workers.repair import RepairReport, batch_indices, repair, schedule
 from workers.teacher import Targets, dense_targets
 
@@ -47,7 +49,7 @@ PROJECTOR = "model.multi_modal_projector"
 Masks = dict[str, Tensor]
 
 
-def tiny_llava() -> nn.Module:
+def tiny_llava(dtype: torch.dtype = torch.float32) -> VisionLanguageModel:
     """Two vision blocks, of which LLaVA reads the last but one, and one language block."""
     torch.manual_seed(0)
     config = LlavaConfig(
@@ -63,7 +65,18 @@ def tiny_llava() -> nn.Module:
         text_config=llama_config(),
         image_token_index=IMAGE_TOKEN,
     )
-    return LlavaForConditionalGeneration(config).eval().requires_grad_(False)
+    return as_model(LlavaForConditionalGeneration(config).to(dtype), "llava")
+
+
+def as_model(module: nn.Module, family: str) -> VisionLanguageModel:
+    """As `load_model` would give it, without a processor."""
+    return VisionLanguageModel(
+        module=module.eval().requires_grad_(False),
+        processor=None,
+        family=FAMILIES[family],
+        config=module.config.to_dict(),
+        folder=Path("tiny"),
+    )
 
 
 def llama_config() -> LlamaConfig:
@@ -77,15 +90,20 @@ def llama_config() -> LlamaConfig:
     )
 
 
-def pruned(model: nn.Module) -> tuple[nn.Module, Masks]:
-    """Half of the weights of the blocks' linear layers set to zero, in both towers."""
-    generator = torch.Generator().manual_seed(1)
-    masks: Masks = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, nn.Linear) and ".layers." in name:
-            masks[name] = torch.rand(layer.weight.shape, generator=generator) < 0.5
-            layer.weight *= masks[name]
+def pruned(model: VisionLanguageModel) -> tuple[VisionLanguageModel, Masks]:
+    """Half of the weights of the blocks' linear layers set to zero, in all towers."""
+    masks = masks_of(model)
+    for name, mask_OI in masks.items():
+        model.module.get_submodule(name).weight *= mask_OI
     return model, masks
+
+
+def masks_of(model: VisionLanguageModel) -> Masks:
+    generator = torch.Generator().manual_seed(1)
+    return {
+        layer.name: torch.rand(layer.linear.weight.shape, generator=generator) < 0.5
+        for layer in model.layers()
+    }
 
 
 @cache
@@ -136,15 +154,16 @@ def train(ctx: Context, spec: RepairSpec, targets: Targets | None, key: str) -> 
         stage=key,
         seed=0,
         pad_id=0,
-        projector=PROJECTOR,
         targets=targets,
         micro_batch=2 if ctx.world == 1 else 1,
     )
-    return Outcome(dict(model.state_dict()), report, model, masks)
+    return Outcome(dict(model.module.state_dict()), report, model.module, masks)
 
 
 def teach(ctx: Context) -> Targets:
-    return dense_targets(tiny_llava(), samples(), pad_id=0, temperature=2.0, batch_size=3, ctx=ctx)
+    return dense_targets(
+        tiny_llava().module, samples(), pad_id=0, temperature=2.0, batch_size=3, ctx=ctx
+    )
 
 
 def with_stage(zero_stage: int) -> RepairSpec:
@@ -248,7 +267,7 @@ def test_both_losses_fall_and_only_what_should_has_changed(alone: dict[int, Outc
     assert report.resumed_at is None
     changed = {
         name.rpartition(".")[0]
-        for name, value in before.state_dict().items()
+        for name, value in before.module.state_dict().items()
         if not torch.equal(value, outcome.weights[name])
     }
     trained = {name for name in masks if "vision_tower.encoder.layers.1" not in name}  # unread
@@ -304,10 +323,10 @@ def test_bfloat16_trains_the_same_in_every_stage(tmp_path: Path):
     spec = SPEC.model_copy(update={"distill": 0.0, "num_steps": 2})
     weights = []
     for stage in (0, 2):
-        model, masks = pruned(tiny_llava().to(torch.bfloat16))
+        model, masks = pruned(tiny_llava(torch.bfloat16))
         settings = spec.model_copy(update={"zero_stage": stage})
         repair(model, masks, samples(), settings, Worker(tmp_path), stage="k", seed=0, pad_id=0)
-        weights.append(dict(model.state_dict()))
+        weights.append(dict(model.module.state_dict()))
 
     assert weights[0]["lm_head.weight"].dtype == torch.bfloat16
     assert_same_weights(weights[0], weights[1])
@@ -334,7 +353,7 @@ def test_a_damaged_checkpoint_costs_one_interval_not_the_job(
 
 def test_a_text_model_without_teacher_or_projector_is_repaired_too(tmp_path: Path):
     torch.manual_seed(0)
-    model, masks = pruned(LlamaForCausalLM(llama_config()).eval().requires_grad_(False))
+    model, masks = pruned(as_model(LlamaForCausalLM(llama_config()), "llama"))
     text_only = [s for s in samples() if "pixel_values" not in s]
     spec = SPEC.model_copy(update={"distill": 0.0})
 
@@ -348,7 +367,7 @@ def test_a_loss_that_is_nan_ends_the_job(tmp_path: Path):
     """It would poison every weight; a checkpoint of it must not exist either."""
     spec = SPEC.model_copy(update={"distill": 0.0})
     model, masks = pruned(tiny_llava())
-    model.lm_head.weight[0, 0] = torch.nan
+    model.module.lm_head.weight[0, 0] = torch.nan
 
     with pytest.raises(NumericError, match=r"at step 0 the task loss is nan.*learning_rate"):
         repair(model, masks, samples(), spec, Worker(tmp_path), stage="key", seed=0, pad_id=0)

@@ -134,7 +134,7 @@ def _prune_key(
 
 def _teacher_key(job: JobSpec, dense: str) -> str | None:
     """Which samples are asked follows from dataset, number of steps, batch size and seed."""
-    if job.repair is None or job.repair.distill == 0:
+    if job.repair is None or not job.repair.has_cached_teacher:
         return None
     draws = {"dataset", "sequence_length", "num_steps", "batch_size", "temperature"}
     settings = {name: value for name, value in settings_of(job.repair).items() if name in draws}

@@ -1,10 +1,10 @@
-"""Repair of a pruned model: train SparseLoRA adapters under DeepSpeed, merge them, keep the zeros.
+"""Repair of a pruned model: train what the method trains under DeepSpeed, then merge it.
 
 One step, whatever the number of workers: a global batch is chosen by seed and step alone, every
 rank takes its slice, and the loss is divided by the answer tokens of the whole batch. So one
 worker and four differ by rounding only.
 
-Shape letters: N answer tokens, V vocabulary.
+Shape letters: B samples, T tokens, N answer tokens, V vocabulary.
 """
 
 import atexit
@@ -28,14 +28,28 @@ from torch._C._distributed_c10d import HashStore
 from jobs.errors import DataError, NumericError
 from jobs.spec import RepairSpec
 from workers.context import Context
+from workers.distill import HiddenStates, LiveTeacher, divergence, hidden_error
 from workers.encode import IGNORED_LABEL, collate
-from workers.lora import SparseLoraLinear, add_sparse_lora, merge_sparse_lora
-from workers.teacher import Targets, answer_logits, kl_to_teacher, rows_of
+from workers.lora import SparseLoraLinear
+from workers.models import VisionLanguageModel
+from workers.recipes import add_trainable
+from workers.teacher import (
+    Targets,
+    all_logits,
+    answer_logits,
+    check_finite,
+    kl_to_teacher,
+    rows_of,
+)
 
 Samples = Sequence[dict[str, Tensor]]
 
 PERSISTENT_BELOW = 10_000
 """ZeRO-3 leaves parameters with fewer elements (norms, biases) whole on every worker."""
+
+
+RESSA_FIRST_RATE = 1e-6
+"""The learning rate of the only step that RESSA warms up for, as its code runs."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +59,15 @@ class RepairReport:
     task_losses: tuple[float, ...]
     """Cross-entropy per answer token, in nats."""
     distill_losses: tuple[float, ...]
-    """τ² KL per answer token; empty without distillation."""
+    """τ² KL per answer token (under `ressa_compat`, KL per sample); empty without distillation."""
+    hidden_losses: tuple[float, ...]
+    """Relative squared error of the blocks' outputs; empty unless they are distilled."""
     resumed_at: int | None
     """The step of the checkpoint that this attempt went on from."""
 
 
 def repair(
-    model: nn.Module,
+    model: VisionLanguageModel,
     masks: Mapping[str, Tensor],
     samples: Samples,
     spec: RepairSpec,
@@ -60,47 +76,55 @@ def repair(
     stage: str,
     seed: int,
     pad_id: int,
-    projector: str | None = None,
     targets: Targets | None = None,
+    teacher: LiveTeacher | None = None,
     micro_batch: int = 8,
 ) -> RepairReport:
     """Train and merge, in place: afterwards `model` is plain again and has the zeros it had.
 
+    Plain LoRA (`lora`) is the exception: it fills them.
+
     Args:
-        model: pruned, float32 on a CPU or bfloat16 on a GPU, on `ctx.device`.
-        masks: layer name to bool (O, I), True is kept. These layers get adapters.
+        model: pruned, float32 on a CPU or bfloat16 on a GPU, on `ctx.device`. If it is its own
+            teacher: dense, and pruned by the masks in the end.
+        masks: layer name to bool (O, I), True is kept.
         samples: inputs of one sample each, on the CPU: input_ids, attention_mask, labels (T,), and
             pixel_values (C, H, W) of those with an image. Indexed several times.
         stage: key under which checkpoints are kept; a killed repair goes on from the newest sound
             one and ends with the same weights.
-        projector: module trained in full if `spec.train_projector`.
-        targets: of `dense_targets` over the same samples; needed if `spec.distill` > 0.
+        targets: of `dense_targets` over the same samples; needed if `spec.has_cached_teacher`.
+        teacher: needed if `spec.has_live_teacher`.
         micro_batch: samples per forward. Changes memory, and the result by rounding.
 
     Raises:
         DataError: no sample has an answer to learn.
         NumericError: the loss is NaN or infinite.
     """
-    if spec.distill > 0 and targets is None:
-        raise ValueError("repair.distill > 0 needs the dense model's targets")
+    if spec.has_cached_teacher and targets is None:
+        raise ValueError("repair: a cached teacher needs the dense model's targets")
+    if spec.has_live_teacher and teacher is None:
+        raise ValueError("repair: a live teacher is needed")
     with _quiet():
-        wrapped = add_sparse_lora(model, masks, rank=spec.rank, alpha=spec.alpha, seed=seed)
-        if projector is not None and spec.train_projector:
-            model.get_submodule(projector).requires_grad_(True)
+        loss = _Loss(model, masks, spec, ctx, targets, teacher)
+        merge = add_trainable(model, masks, spec, seed=seed)
+        model.module.eval()  # no dropout: the same step again gives the same weights
         training = _Training(
-            wrapped.eval(),  # no dropout: the same step again gives the same weights
-            samples,
-            spec,
-            ctx,
-            stage,
-            seed,
-            pad_id,
-            targets,
-            micro_batch,
+            model.module, samples, spec, ctx, stage, seed, pad_id, loss, micro_batch
         )
         report = training.run()
-        merge_sparse_lora(wrapped)
+        merge()
     return report
+
+
+@dataclass(frozen=True)
+class _MicroBatch:
+    """What one forward pass takes."""
+
+    indices: Sequence[int]
+    """Of its samples; a filler may follow them."""
+    num_images: int
+    """Of these samples."""
+    inputs: dict[str, Tensor]
 
 
 class _Training:
@@ -115,7 +139,7 @@ class _Training:
         stage: str,
         seed: int,
         pad_id: int,
-        targets: Targets | None,
+        loss: "_Loss",
         micro_batch: int,
     ) -> None:
         self.model = model
@@ -125,12 +149,12 @@ class _Training:
         self.stage = stage
         self.seed = seed
         self.pad_id = pad_id
-        self.targets = targets
+        self.loss = loss
         self.rank_batch = math.ceil(spec.batch_size / ctx.world)
         self.num_micro = math.ceil(self.rank_batch / micro_batch)
         self.filler: dict[str, Tensor] | None = None
         self.losses: list[list[float]] = []
-        """Of every step so far: task, distillation."""
+        """Of every step so far: task, distillation, hidden states."""
 
     def run(self) -> RepairReport:
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -150,10 +174,12 @@ class _Training:
             if (step + 1) % self.spec.checkpoint_every == 0 and not is_last:
                 self._save_checkpoint(engine, optimizer, trained, step + 1)
         _leave_deepspeed(engine, attributes)
-        task, distill = zip(*self.losses, strict=True)
+        self.loss.remove_hooks()
+        task, distill, hidden = zip(*self.losses, strict=True)
         return RepairReport(
             task_losses=task,
             distill_losses=distill if self.spec.distill > 0 else (),
+            hidden_losses=hidden if self.spec.distill_hidden > 0 else (),
             resumed_at=None if checkpoint is None else start,
         )
 
@@ -163,7 +189,7 @@ class _Training:
             trained, lr=self.spec.learning_rate, weight_decay=self.spec.weight_decay
         )
         engine, *_ = deepspeed.initialize(
-            model=self.model,
+            model=_Root(self.model),
             optimizer=optimizer,
             config={
                 "train_micro_batch_size_per_gpu": math.ceil(self.rank_batch / self.num_micro),
@@ -183,43 +209,33 @@ class _Training:
 
     def _step(self, engine: Any, optimizer: torch.optim.Optimizer, step: int) -> None:
         batches = self._micro_batches(step)
-        counts = [_num_answer_tokens(batch) for _, batch in batches]
+        counts = [_num_answer_tokens(batch.inputs) for batch in batches]
         (num_tokens,) = self._sum_over_ranks([float(sum(counts))])
         if not num_tokens:
             raise DataError(f"repair: the samples of step {step} have no answer tokens to learn")
-        rate = self.spec.learning_rate * schedule(
-            step, self.spec.num_steps, self.spec.warmup_fraction
-        )
         for group in optimizer.param_groups:
-            group["lr"] = rate
-        sums = torch.zeros(2, device=self.ctx.device)
-        for indices, batch in batches:
-            task, distill = self._losses(engine, indices, batch)
-            loss = (1 - self.spec.distill) * task + self.spec.distill * distill
+            group["lr"] = learning_rate(step, self.spec)
+        divisors = self.loss.divisors(num_tokens)
+        weights = torch.tensor(self.loss.weights, device=self.ctx.device)
+        scales = weights / torch.tensor(divisors, device=self.ctx.device)
+        sums = torch.zeros(3, device=self.ctx.device)
+        for batch in batches:
+            losses = self.loss(engine, batch)
             # DeepSpeed averages over the ranks; ours is a sum over them
-            engine.backward(loss * (self.ctx.world / num_tokens), scale_wrt_gas=False)
+            engine.backward((losses * scales).sum() * self.ctx.world, scale_wrt_gas=False)
             engine.step()
-            sums += torch.stack([task.detach(), distill.detach()])
-        means = [value / num_tokens for value in self._sum_over_ranks(sums.tolist())]
+            sums += losses.detach()
+        totals = self._sum_over_ranks(sums.tolist())
+        means = [total / divisor for total, divisor in zip(totals, divisors, strict=True)]
         if not all(math.isfinite(mean) for mean in means):
             raise NumericError(
-                f"repair: at step {step} the task loss is {means[0]} and the distillation loss "
-                f"{means[1]}. Lower repair.learning_rate ({self.spec.learning_rate})"
+                f"repair: at step {step} the task loss is {means[0]}, the distillation loss "
+                f"{means[1]} and that of the hidden states {means[2]}. "
+                f"Lower repair.learning_rate ({self.spec.learning_rate})"
             )
         self.losses.append(means)
 
-    def _losses(
-        self, engine: Any, indices: Sequence[int], batch: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Task and distillation loss, summed over the answer tokens of one micro batch."""
-        logits_NV, labels_N = answer_logits(engine, batch, self.ctx.device)
-        task = nn.functional.cross_entropy(logits_NV, labels_N, reduction="sum")
-        if self.spec.distill == 0 or self.targets is None:
-            return task, torch.zeros_like(task)
-        rows = rows_of(self.targets, indices)
-        return task, kl_to_teacher(logits_NV, rows, self.spec.temperature)
-
-    def _micro_batches(self, step: int) -> list[tuple[Sequence[int], dict[str, Tensor]]]:
+    def _micro_batches(self, step: int) -> list[_MicroBatch]:
         """This rank's part of a step, always `num_micro` batches: the ranks move in lockstep.
 
         They also run the same modules, or ZeRO would wait for gradients that never come: a batch
@@ -228,15 +244,28 @@ class _Training:
         everyone = batch_indices(step, len(self.samples), self.spec.batch_size, self.seed)
         mine = everyone[self.ctx.rank :: self.ctx.world]
         size = math.ceil(self.rank_batch / self.num_micro)
-        batches: list[tuple[Sequence[int], dict[str, Tensor]]] = []
+        batches: list[_MicroBatch] = []
         for index in range(self.num_micro):
             indices = mine[index * size : (index + 1) * size]
             singles = [self.samples[i] for i in indices]
-            if not any("pixel_values" in single for single in singles):
+            num_images = sum("pixel_values" in single for single in singles)
+            if not num_images:
                 filler = self._filler()
                 if not singles or "pixel_values" in filler:
                     singles.append(filler)
-            batches.append((indices, collate(singles, self.pad_id)))
+            batches.append(_MicroBatch(indices, num_images, collate(singles, self.pad_id)))
+        return self._padded_alike(batches) if self.spec.ressa_compat else batches
+
+    def _padded_alike(self, batches: list[_MicroBatch]) -> list[_MicroBatch]:
+        """Padding is in RESSA's loss: how a step is split must not change how much there is."""
+        own = max(batch.inputs["input_ids"].shape[1] for batch in batches)
+        length = max(self.ctx.gather(own))
+        fill = {"input_ids": self.pad_id, "attention_mask": 0, "labels": IGNORED_LABEL}
+        for batch in batches:
+            for name, value in fill.items():
+                ids_BT = batch.inputs[name]
+                missing = length - ids_BT.shape[1]
+                batch.inputs[name] = nn.functional.pad(ids_BT, (0, missing), value=value)
         return batches
 
     def _filler(self) -> dict[str, Tensor]:
@@ -278,6 +307,77 @@ class _Training:
             self.ctx.save_checkpoint(self.stage, step, Path(folder))
 
 
+class _Loss:
+    """(1 - λ) cross-entropy + λ KL to the dense model + w error of the hidden states.
+
+    Made before the trained parameters are added: it looks for the pruned layers.
+    """
+
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        masks: Mapping[str, Tensor],
+        spec: RepairSpec,
+        ctx: Context,
+        targets: Targets | None,
+        teacher: LiveTeacher | None,
+    ) -> None:
+        self.spec = spec
+        self.device = ctx.device
+        self.targets = targets
+        self.teacher = teacher if spec.has_live_teacher else None
+        pruned = {layer.tower for layer in model.layers() if layer.name in masks}
+        towers = [tower for tower in model.towers if tower in pruned and spec.distill_hidden > 0]
+        self.states = HiddenStates(model, towers)
+        self.dense_states = self.states
+        if self.teacher is not None and self.teacher.model is not model:
+            self.dense_states = HiddenStates(self.teacher.model, towers)
+        self.weights = (1 - spec.distill, spec.distill, spec.distill_hidden)
+
+    def divisors(self, num_tokens: float) -> tuple[float, float, float]:
+        """What makes means of the sums over a whole step with that many answer tokens."""
+        num_samples = self.spec.batch_size
+        return (
+            num_tokens,
+            num_samples if self.spec.ressa_compat else num_tokens,
+            num_samples * max(1, self.states.num_blocks),
+        )
+
+    def __call__(self, engine: nn.Module, batch: _MicroBatch) -> Tensor:
+        """The three terms, summed over one micro batch. Float32, (3,)."""
+        dense_KV, dense_states = None, []
+        if self.teacher is not None:
+            dense_KV, _, _ = self.teacher.run(lambda module: self._logits(module, batch))
+            check_finite(dense_KV)
+            dense_states = self.dense_states.take()
+        compared_KV, answers_NV, labels_N = self._logits(engine, batch)
+        task = nn.functional.cross_entropy(answers_NV, labels_N, reduction="sum")
+        distill = hidden = torch.zeros_like(task)
+        if self.spec.distill > 0 and dense_KV is not None:
+            tau = self.spec.temperature
+            distill = divergence(compared_KV, dense_KV, tau)
+            distill = distill if self.spec.ressa_compat else tau**2 * distill
+        elif self.spec.distill > 0 and self.targets is not None:
+            rows = rows_of(self.targets, batch.indices)
+            distill = kl_to_teacher(answers_NV, rows, self.spec.temperature)
+        if self.spec.distill_hidden > 0:
+            is_token_BT = batch.inputs["attention_mask"][: len(batch.indices)].to(self.device)
+            hidden = hidden_error(self.states.take(), dense_states, is_token_BT, batch.num_images)
+        return torch.stack([task, distill, hidden])
+
+    def _logits(self, module: nn.Module, batch: _MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Those that the KL compares, (K, V); those of the answers, (N, V); the answers, (N,)."""
+        if not self.spec.ressa_compat:
+            answers_NV, labels_N = answer_logits(module, batch.inputs, self.device)
+            return answers_NV, answers_NV, labels_N
+        logits_BTV, answers_NV, labels_N = all_logits(module, batch.inputs, self.device)
+        return logits_BTV[: len(batch.indices)].flatten(0, 1), answers_NV, labels_N
+
+    def remove_hooks(self) -> None:
+        for states in (self.states, self.dense_states):
+            states.remove()
+
+
 def batch_indices(step: int, num_samples: int, batch_size: int, seed: int) -> list[int]:
     """The samples of one step: every epoch is its own shuffle, and batches run across its end."""
     if not num_samples:
@@ -290,6 +390,13 @@ def batch_indices(step: int, num_samples: int, batch_size: int, seed: int) -> li
         order = torch.randperm(num_samples, generator=shuffle).tolist()
         indices += order[offset : offset + batch_size - len(indices)]
     return indices
+
+
+def learning_rate(step: int, spec: RepairSpec) -> float:
+    """Of one step, counted from 0."""
+    if spec.ressa_compat:
+        return RESSA_FIRST_RATE if step == 0 else spec.learning_rate
+    return spec.learning_rate * schedule(step, spec.num_steps, spec.warmup_fraction)
 
 
 def schedule(step: int, num_steps: int, warmup_fraction: float) -> float:
@@ -395,6 +502,17 @@ def _announce_weights(deepspeed: ModuleType, model: nn.Module) -> None:
         if isinstance(layer, SparseLoraLinear):
             for parameter in layer.parameters():
                 deepspeed.zero.register_external_parameter(layer, parameter)
+
+
+class _Root(nn.Module):
+    """DeepSpeed leaves hooks on the module it is given: on this one, not on the model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.model(**inputs)
 
 
 @contextmanager

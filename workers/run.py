@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -50,6 +50,9 @@ from workers.prune import (
 from workers.search import ratio_grid
 from workers.stages import Stage, run_stage
 from workers.teacher import TARGETS_FILE, dense_targets, load_targets, save_targets
+
+if TYPE_CHECKING:
+    from workers.distill import LiveTeacher
 
 
 def run_job(job: JobSpec, ctx: Context) -> JobResult:
@@ -238,10 +241,10 @@ class _Job:
         teacher = self._teacher(spec) if self.keys.teacher else None
 
         def build(folder: Path) -> dict[str, Any]:
-            model = self._load(pruned.folder)
+            model, live = self._student(spec, pruned)
             encoder, samples = self._repair_samples(model, spec)
             report = repair(
-                model.module,
+                model,
                 load_masks(pruned.folder, list(model.layers())),
                 samples,
                 spec,
@@ -249,9 +252,9 @@ class _Job:
                 stage=key,
                 seed=self.job.seed,
                 pad_id=encoder.pad_id,
-                projector=model.family.projector,
                 targets=load_targets(teacher.folder / TARGETS_FILE) if teacher else None,
                 micro_batch=self.ctx.smaller(spec.micro_batch_size),
+                teacher=live,
             )
             if self.ctx.rank == 0:
                 with self.ctx.timed("export"):
@@ -259,6 +262,21 @@ class _Job:
             return asdict(report)
 
         return self._run("repair", key, build)
+
+    def _student(
+        self, spec: RepairSpec, pruned: Stage
+    ) -> tuple[VisionLanguageModel, "LiveTeacher | None"]:
+        """The model to repair, and the dense one if it is to run beside it."""
+        from workers.distill import LiveTeacher, is_masked
+
+        model = self._load(pruned.folder)
+        if not spec.has_live_teacher:
+            return model, None
+        dense = self._load(self.folder)
+        masks = load_masks(pruned.folder, list(model.layers()))
+        if spec.method == "sparse_lora" and is_masked(dense.module, masks, model.module):
+            return dense, LiveTeacher(dense, None)
+        return model, LiveTeacher(model, dense)
 
     def _teacher(self, spec: RepairSpec) -> Stage:
         """The dense model's answers to the questions that the repair will learn from."""

@@ -51,8 +51,7 @@ def dense_targets(
     for first in range(0, len(mine), batch_size):
         batch = collate([samples[i] for i in mine[first : first + batch_size]], pad_id)
         logits_NV, _ = answer_logits(model, batch, ctx.device)
-        if not logits_NV.isfinite().all():
-            raise NumericError("teacher: the dense model's logits are NaN or infinite")
+        check_finite(logits_NV)
         rows = {name: tensor.cpu() for name, tensor in _top(logits_NV / temperature).items()}
         counts = (batch["labels"][:, 1:] != IGNORED_LABEL).sum(dim=1).tolist()
         split = {name: torch.split(tensor, counts) for name, tensor in rows.items()}
@@ -101,17 +100,41 @@ def answer_logits(
     Returns:
         float32 (N, V) and int64 (N,). N is 0 if no sample has an answer.
     """
-    inputs = {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
-    if "pixel_values" in inputs:
-        inputs["pixel_values"] = inputs["pixel_values"].to(next(model.parameters()).dtype)
     next_BT = batch["labels"][:, 1:].to(device)
     is_answer_BT = next_BT != IGNORED_LABEL
     positions = is_answer_BT.any(dim=0).nonzero()[:, 0]
     if not len(positions):
         positions = positions.new_zeros(1)
-    output = model(**inputs, logits_to_keep=positions, use_cache=False)
+    output = model(**_inputs(model, batch, device), logits_to_keep=positions, use_cache=False)
     chosen_BT = is_answer_BT[:, positions]
     return output.logits[chosen_BT].float(), next_BT[:, positions][chosen_BT]
+
+
+def all_logits(
+    model: nn.Module, batch: dict[str, Tensor], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits of every position, prompt and padding included: large.
+
+    Returns:
+        float32 (B, T, V), then what `answer_logits` returns.
+    """
+    logits_BTV = model(**_inputs(model, batch, device), use_cache=False).logits.float()
+    next_BT = batch["labels"][:, 1:].to(device)
+    is_answer_BT = next_BT != IGNORED_LABEL
+    return logits_BTV, logits_BTV[:, :-1][is_answer_BT], next_BT[is_answer_BT]
+
+
+def _inputs(model: nn.Module, batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    inputs = {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
+    if "pixel_values" in inputs:
+        inputs["pixel_values"] = inputs["pixel_values"].to(next(model.parameters()).dtype)
+    return inputs
+
+
+def check_finite(logits: Tensor) -> None:
+    """Raises NumericError for a dense model that answers with NaN or infinity."""
+    if not logits.isfinite().all():
+        raise NumericError("teacher: the dense model's logits are NaN or infinite")
 
 
 def save_targets(targets: Targets, path: Path) -> None:

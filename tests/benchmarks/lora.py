@@ -54,7 +54,7 @@ def three_ways(
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = nn.Sequential(nn.Linear(num_inputs, num_outputs, bias=False)).to(device, dtype)
     mask_OI = torch.rand(num_outputs, num_inputs, device=device) < 0.5
-    add_sparse_lora(model, {"0": mask_OI}, rank=RANK, alpha=ALPHA, seed=0)
+    add_sparse_lora(model, {"0": mask_OI}, ranks={"0": RANK}, alpha=ALPHA, seed=0)
     layer = model[0]
     assert isinstance(layer, SparseLoraLinear)
     W = layer.base_layer.weight
