@@ -141,6 +141,17 @@ class CalibrationSpec(Spec):
         return self.model_copy(update=changes)
 
 
+class RefineSpec(Spec):
+    """Local reconstruction: train a pruned block's kept weights until it answers as before."""
+
+    unit: Literal["block", "submodule"] = "block"
+    """Whose output is to match: the block's, or its attention's and its MLP's, one by one."""
+    num_steps: int = Field(default=50, ge=1)
+    """Optimizer steps per unit. A step sees up to 4 calibration batches."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Of Adam; falls linearly to zero."""
+
+
 class PruneSpec(Spec):
     method: MethodSpec
     pattern: str = "unstructured"
@@ -150,10 +161,18 @@ class PruneSpec(Spec):
     allocation: AllocationSpec = UniformSpec()
     """How a tower's zeros are shared out among its layers."""
 
+    refine: RefineSpec | None = None
+    """Local reconstruction of each block, on the activations that passed the ones before it."""
+
     @field_validator("pattern")
     @classmethod
     def _pattern_parses(cls, value: str) -> str:
         return str(Pattern.parse(value))
+
+    @property
+    def needs_activations(self) -> bool:
+        """Whether pruning, once it knows each layer's sparsity, runs calibration samples."""
+        return self.method.needs_statistics or self.refine is not None
 
 
 class RepairSpec(Spec):
@@ -349,7 +368,7 @@ class JobSpec(Spec):
     def is_calibrated(self) -> bool:
         """Whether pruning looks at data at all: the dense model and uniform magnitude do not."""
         return self.prune is not None and (
-            self.prune.method.needs_statistics or self.prune.allocation.needs_data
+            self.prune.needs_activations or self.prune.allocation.needs_data
         )
 
     @property

@@ -33,6 +33,7 @@ from jobs.spec import (
     BenchmarkSpec,
     CalibrationSpec,
     ModelSpec,
+    RefineSpec,
     RepairSpec,
     Resources,
     RunPolicy,
@@ -64,6 +65,13 @@ def _repair(value: Any) -> Any:
     if value in ("none", None):
         return None
     return {"method": value} if isinstance(value, str) else value
+
+
+def _refine(value: Any) -> Any:
+    """`none` is no refinement; `block` is short for `{unit: block}`."""
+    if value in ("none", None):
+        return None
+    return {"unit": value} if isinstance(value, str) else value
 
 
 def _fraction(value: float) -> float:
@@ -116,6 +124,13 @@ class GridSpec(Spec):
     ] = [UniformSpec()]
     """How a tower's zeros are shared out among its layers: `uniform`, `owl`, or with options
     `{name: atp, slope: 0.01}`. Anything but uniform needs the pattern unstructured."""
+    refine: Annotated[
+        list[Annotated[RefineSpec | None, BeforeValidator(_refine)]],
+        BeforeValidator(_as_list),
+        Field(min_length=1),
+    ] = [None]
+    """Local reconstruction after pruning: `none`, `block`, `submodule`, or with options
+    `{unit: block, num_steps: 100}`."""
 
 
 class ExcludeSpec(Spec):
@@ -126,6 +141,7 @@ class ExcludeSpec(Spec):
     sparsity: Sparsity | None = None
     towers: Towers | None = None
     allocation: str | None = None
+    refine: Literal["none", "block", "submodule"] | None = None
     repair: Literal["none", "sparse_lora", "lora", "spp", "norms", "full"] | None = None
 
     @model_validator(mode="after")

@@ -95,6 +95,7 @@ _FACTS = {
     "sparsity_all_params": pa.float64(),  # of every parameter, embeddings and norms included
     "towers": pa.string(),
     "allocation": pa.string(),
+    "refine": pa.string(),  # what was reconstructed after pruning: none, block or submodule
     "propagate": pa.string(),
     "samples": pa.int64(),  # of the calibration
     "tokens": pa.string(),  # which of them count in the language tower

@@ -25,6 +25,7 @@ from jobs.spec import (
     JobSpec,
     ModelSpec,
     PruneSpec,
+    RefineSpec,
     RepairSpec,
     RunPolicy,
     Tower,
@@ -104,8 +105,8 @@ def _prune_specs(
     facts: ModelFacts,
     used_excludes: set[int],
 ) -> Iterator[PruneSpec]:
-    for method, pattern, towers, allocation in itertools.product(
-        grid.method, grid.pattern, grid.towers, grid.allocation
+    for method, pattern, towers, allocation, refine in itertools.product(
+        grid.method, grid.pattern, grid.towers, grid.allocation, grid.refine
     ):
         if isinstance(method, DenseSpec):
             continue  # there already: the dense model is a job of every sweep
@@ -113,7 +114,7 @@ def _prune_specs(
             matching = {
                 number
                 for number, exclude in enumerate(excludes)
-                if _matches(exclude, method, pattern, towers, allocation, sparsity, repair)
+                if _matches(exclude, method, pattern, towers, allocation, refine, sparsity, repair)
             }
             used_excludes |= matching
             if not matching:
@@ -123,6 +124,7 @@ def _prune_specs(
                     pattern=pattern,
                     sparsity=by_tower,
                     allocation=_checked(allocation, pattern) if by_tower else UniformSpec(),
+                    refine=refine if by_tower else None,
                 )
 
 
@@ -177,6 +179,7 @@ def _matches(
     pattern: str,
     towers: Towers,
     allocation: AllocationSpec,
+    refine: RefineSpec | None,
     sparsity: float | None,
     repair: RepairSpec | None,
 ) -> bool:
@@ -185,6 +188,7 @@ def _matches(
         "pattern": pattern,
         "towers": towers,
         "allocation": allocation.name,
+        "refine": refine.unit if refine else "none",
         "sparsity": sparsity,
         "repair": repair.method if repair else "none",
     }
@@ -282,6 +286,12 @@ def _check_pattern(prune: PruneSpec, facts: ModelFacts) -> None:
 def _check_calibration(job: JobSpec) -> None:
     assert job.prune is not None
     spec = job.calibration
+    if job.prune.refine is not None and spec.propagate == "dense":
+        raise SpecError(
+            f"grid.refine: {job.prune.refine.unit} trains a block on activations that passed the "
+            "pruned ones before it; with calibration.propagate: dense there are none. Set it to "
+            "pruned or true_sequential"
+        )
     if spec.dataset.is_text:
         _num_samples(spec.dataset, "train")  # reads it; how many windows only the tokenizer knows
         if "vision" in job.prune.sparsity:

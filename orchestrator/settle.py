@@ -125,6 +125,7 @@ def job_columns(job: JobSpec) -> dict[str, Any]:
         "sparsity_language_asked": asked.get("language"),
         "towers": "+".join(asked) or None,
         "allocation": job.prune.allocation.name,
+        "refine": job.prune.refine.unit if job.prune.refine else "none",
         "propagate": job.calibration.propagate if job.prune.method.needs_statistics else None,
         "samples": job.calibration.num_samples if job.is_calibrated else None,
         "tokens": job.calibration.tokens_label if job.is_calibrated else None,

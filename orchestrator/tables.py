@@ -4,23 +4,26 @@ Lines are plain text, so that a pipe gets what a terminal shows. Where a table i
 terminal, each job takes two lines instead.
 """
 
+import json
 import sys
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, get_args
 
 import pandas as pd
 from rich.console import Console
 
 from jobs.result import Weights
+from jobs.spec import DatasetSpec, RepairSpec
 
 JOB_COLUMNS = (
-    *("model", "method", "pattern", "allocation", "propagate", "samples", "tokens"),
+    *("model", "method", "pattern", "allocation", "refine", "propagate"),
+    *("samples", "tokens"),
     *("vision", "language", "repair", "seed"),
 )
 """What tells jobs apart. A column in which all agree is said once, above the table."""
 
 Row = dict[Hashable, Any]
-SORT_BY = ["model", "sparsity", "pattern", "method", "allocation", "repair", "seed"]
+SORT_BY = ["model", "sparsity", "pattern", "method", "allocation", "refine", "repair", "seed"]
 
 
 def print_leaderboard(frame: pd.DataFrame, console: Console) -> None:
@@ -33,6 +36,8 @@ def print_leaderboard(frame: pd.DataFrame, console: Console) -> None:
         for row in rows.to_dict("records"):
             by_job.setdefault(row["job_key"], []).append(row)
         jobs = [_cells(its) for its in by_job.values()]
+        labels = _repair_labels(list(by_job.values()))
+        jobs = [cells | {"repair": label} for cells, label in zip(jobs, labels, strict=True)]
         _print_table(f"{benchmark}, {metric}", jobs, console)
     _print_without_result("stopped", "stopped early", "yellow", frame, console)
     _print_without_result("failed", "failed", "bold red", frame, console)
@@ -83,6 +88,7 @@ def _cells(rows: list[Row]) -> dict[str, str]:
         "method": _text(job["method"]),
         "pattern": _text(job["pattern"]),
         "allocation": _text(job["allocation"]),
+        "refine": _text(job["refine"]),
         "propagate": _text(job["propagate"]),
         "samples": _text(job["samples"]),
         "tokens": _text(job["tokens"]),
@@ -94,6 +100,42 @@ def _cells(rows: list[Row]) -> dict[str, str]:
         "time": _duration(job["seconds_total"]),
         "job": job["job_key"][:8],
     }
+
+
+def _repair_labels(jobs: Sequence[list[Row]]) -> list[str]:
+    """Each job's repair: its method, and what tells it from the other repairs by that method.
+
+    A setting at its default is left out: of two that differ in it, one has it named.
+    """
+    specs = [_repair_spec(rows[0]["job"]) for rows in jobs]
+    labels = []
+    for rows, spec in zip(jobs, specs, strict=True):
+        words = [_text(rows[0]["repair"])]
+        alike = [each for each in specs if each and spec and each.method == spec.method]
+        for name, field in RepairSpec.model_fields.items() if spec else ():
+            values = [getattr(each, name) for each in alike]
+            value = getattr(spec, name)
+            if value != field.default and any(other != value for other in values):
+                words.append(name if value is True else f"{name} {_setting(value)}")
+        labels.append(" ".join(words))
+    return labels
+
+
+def _repair_spec(job: Any) -> RepairSpec | None:
+    """Out of the row's settings; None of a row without, or of another version's."""
+    try:
+        settings = json.loads(job).get("repair")
+        return RepairSpec.model_validate(settings) if settings else None
+    except (TypeError, ValueError):
+        return None
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, DatasetSpec):
+        return value.label
+    if isinstance(value, dict):
+        return ",".join(f"{name}:{each}" for name, each in value.items())
+    return _text(value)
 
 
 def _text(value: Any) -> str:

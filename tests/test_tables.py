@@ -1,12 +1,14 @@
 """What the leaderboard looks like in a terminal, wide and narrow, and in a pipe."""
 
 import io
+import json
 from typing import Any
 
 import pandas as pd
 from rich.console import Console
 
 from jobs.result import JobResult, Score
+from jobs.spec import RepairSpec
 from jobs.storage import Storage
 from orchestrator import leaderboard
 from orchestrator.tables import print_leaderboard
@@ -98,3 +100,25 @@ def test_a_sparsity_that_was_not_counted_is_a_question_mark():
     rows = frame("uncounted").assign(sparsity_language=None)
 
     assert "language 0.5→?" in printed(rows, width=100, terminal=True)[1]
+
+
+def test_two_recipes_by_one_method_are_told_apart_by_what_differs():
+    """The rank is said where it is not the default; what both share is not."""
+    recipes = {
+        "a": RepairSpec(num_steps=3),
+        "b": RepairSpec(num_steps=3, rank={"vision": 4, "language": 8}, ressa_compat=True),
+        "c": RepairSpec(num_steps=3, method="norms"),
+    }
+    place = Storage("memory://recipes")
+    for key, spec in recipes.items():
+        job = json.dumps({"repair": spec.model_dump(mode="json")})
+        facts = {"model": "demo", "method": "wanda", "repair": spec.method, "job": job}
+        leaderboard.publish(place, facts, JobResult(key * 16, "complete", (DENSE,)))
+
+    lines = printed(leaderboard.load(place), width=100, terminal=True)
+
+    assert lines[3:6] == [
+        "norms                                              0.812 ±0.020  cccccccc",
+        "sparse_lora                                        0.812 ±0.020  aaaaaaaa",
+        "sparse_lora rank vision:4,language:8 ressa_compat  0.812 ±0.020  bbbbbbbb",
+    ]

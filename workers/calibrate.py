@@ -121,6 +121,16 @@ def _batches(
     return [collate(batch, pad_id) for batch in batches]
 
 
+@dataclass(frozen=True)
+class BlockCall:
+    """One batch in front of a block: what the block is called with."""
+
+    hidden_BTD: Tensor
+    arguments: dict[str, Any]
+    is_token_BT: Tensor | None
+    """Which are tokens rather than padding; None: all."""
+
+
 @dataclass
 class _Batch:
     """One batch in front of a block."""
@@ -147,6 +157,11 @@ class _Held:
     def of(cls, drift: Drift, taps: Mapping[tuple[str, ...], Tensor]) -> "_Held":
         most = drift.most().reshape(-1)
         return cls(drift, {names: x.reshape(-1, x.shape[-1])[most] for names, x in taps.items()})
+
+
+def _is_token(tokens: Tokens) -> Tensor | None:
+    masks = [mask for mask in tokens.values() if mask is not None]
+    return torch.stack(masks).any(dim=0) if masks else None
 
 
 def _drift(batch: _Batch, output: Tensor) -> Drift:
@@ -372,6 +387,20 @@ class TowerWalk:
             if self.calibration.weights["visual"] and chosen.any():
                 for names, x_TI in each.inputs.items():
                     self._sum(sums[names]["visual"], x_TI[chosen], len(each.drift.num_text_B))
+
+    def calls(self) -> list[BlockCall]:
+        """This worker's batches, as the current block is about to read them."""
+        return [
+            BlockCall(batch.hidden, batch.arguments, _is_token(batch.tokens))
+            for batch in self.batches
+        ]
+
+    def advance_again(self, calls: Sequence[BlockCall]) -> None:
+        """Pass through the last block once more: it has changed since."""
+        self.index -= 1
+        for batch, call in zip(self.batches, calls, strict=True):
+            batch.hidden = call.hidden_BTD
+        self.advance()
 
     def _run(self, batch: _Batch) -> Tensor:
         output: Tensor | tuple[Tensor, ...] = self.blocks[self.index](

@@ -25,6 +25,7 @@ from workers.context import Context
 from workers.methods import prune_shared
 from workers.methods.common import need
 from workers.models import Layer, VisionLanguageModel
+from workers.refine import Refinement
 from workers.statistics import Statistics
 
 MASKS_FILE = "masks.safetensors"
@@ -89,18 +90,22 @@ def prune_sequentially(
     """
     sparsity = sparsity or uniform_sparsity(model, spec)
     finished = _FinishedBlocks(ctx, key)
-    needs_statistics = spec.method.needs_statistics
     masks: dict[str, Tensor] = {}
     reports: list[LayerReport] = []
     num_blocks = sum(len(model.blocks(tower)) for tower in _towers(model, spec))
     for tower in _towers(model, spec):
-        walk = TowerWalk(model, tower, batches, calibration, ctx) if needs_statistics else None
+        walk = (
+            TowerWalk(model, tower, batches, calibration, ctx) if spec.needs_activations else None
+        )
         for index in range(len(model.blocks(tower))):
             layers = [layer for layer in model.layers(tower) if layer.block == index]
             restored = finished.restore(tower, index, layers)
             if restored is None:
+                refinement = Refinement(walk, spec.refine, ctx) if walk and spec.refine else None
                 stages = walk.stages() if walk else [[Tap((layer,), {}) for layer in layers]]
                 restored = _prune_stages(stages, spec, calibration, ctx, sparsity)
+                if refinement:
+                    refinement.run(layers, restored[0])
                 finished.keep(tower, index, layers, restored)
                 crash_point(f"prune-{tower}-{index}")
             elif walk:

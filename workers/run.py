@@ -141,7 +141,7 @@ class _Job:
                     model, spec, calibration, statistics.folder, self.ctx, sparsity=sparsity
                 )
             else:
-                batches = self._batches(model) if spec.method.needs_statistics else []
+                batches = self._batches(model) if spec.needs_activations else []
                 masks, reports = prune_sequentially(
                     model, spec, calibration, batches, self.ctx, key=key, sparsity=sparsity
                 )
