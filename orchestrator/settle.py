@@ -126,7 +126,7 @@ def job_columns(job: JobSpec) -> dict[str, Any]:
         "towers": "+".join(asked) or None,
         "allocation": job.prune.allocation.name,
         "refine": job.prune.refine.unit if job.prune.refine else "none",
-        "propagate": job.calibration.propagate if job.prune.method.needs_statistics else None,
+        "propagate": job.calibration.propagate if job.prune.needs_activations else None,
         "samples": job.calibration.num_samples if job.is_calibrated else None,
         "tokens": job.calibration.tokens_label if job.is_calibrated else None,
     }
