@@ -58,11 +58,14 @@ def _flops(stage: str, job: JobSpec, facts: ModelFacts) -> float:
     if stage in ("statistics", "prune") and job.is_calibrated:
         grams = sum(2.0 * inputs * inputs for _, _, inputs in facts.prunable.values())
         solve = sum(4.0 * outputs * inputs**2 for _, outputs, inputs in facts.prunable.values())
-        passes = 2 if calibration.propagate == "pruned" else 1
+        passes = 2.0 if calibration.propagate == "pruned" else 1.0
+        if job.prune is not None and job.prune.refine is not None:
+            passes += 1.5 * job.prune.refine.num_steps  # forward, backward; of half the samples
         return calibration.num_samples * tokens * (passes * forward + grams) + solve
     if job.repair is not None and stage in ("teacher", "repair"):
         samples = job.repair.num_steps * job.repair.batch_size
-        return samples * tokens * forward * (1 if stage == "teacher" else 4)
+        training = 5 if job.repair.has_live_teacher else 4
+        return samples * tokens * forward * (1 if stage == "teacher" else training)
     return 0.0
 
 
@@ -78,6 +81,8 @@ def _memory_gib(job: JobSpec, facts: ModelFacts, *, bytes_per_param: int) -> flo
     if job.repair is not None:
         per_sample = tokens * widest * bytes_per_param * len(facts.prunable)
         needed += job.repair.batch_size / job.num_workers * per_sample
+        if job.repair.has_live_teacher:
+            needed += facts.num_params * bytes_per_param
     return PROCESS_GIB + needed / 2**30
 
 

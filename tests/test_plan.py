@@ -400,6 +400,37 @@ def test_a_repair_that_cannot_be_is_refused() -> None:
     )
 
 
+def test_a_pruned_tower_needs_a_rank_where_ranks_are_named() -> None:
+    one = "{num_steps: 2, rank: {language: 4}}"
+    refused(SpecError, "the vision tower is pruned, and has no rank", repair=one)
+
+    job = only(planned(grid="{method: wanda, sparsity: 0.5, towers: language}", repair=one))
+
+    assert job.repair is not None
+    assert job.repair.rank_of("language") == 4
+
+
+def test_local_reconstruction_needs_activations_to_run_on() -> None:
+    refused(
+        SpecError,
+        "with calibration.propagate: dense there are none",
+        calibration="{num_samples: 4, propagate: dense}",
+        grid="{method: magnitude, sparsity: 0.5, refine: block}",
+    )
+
+
+def test_refinement_multiplies_the_grid_and_makes_magnitude_look_at_data() -> None:
+    jobs = planned(
+        grid="{method: magnitude, sparsity: 0.5, refine: [none, block, {unit: submodule}]}",
+        exclude="{refine: submodule}",
+    )
+
+    plain, refined = jobs[1:]
+    assert (plain.is_calibrated, refined.is_calibrated) == (False, True)
+    assert StageKeys.of(plain).prune != StageKeys.of(refined).prune
+    assert StageKeys.of(refined).statistics is None
+
+
 def test_a_dataset_that_is_not_there_is_found_by_the_plan() -> None:
     refused(
         DataError,
@@ -529,6 +560,13 @@ def test_the_teacher_is_one_for_all_pruned_models() -> None:
 
 def test_a_repair_that_does_not_distil_has_no_teacher() -> None:
     job = only(planned(repair="{num_steps: 2, batch_size: 2, distill: 0}"))
+
+    assert StageKeys.of(job).teacher is None
+
+
+@pytest.mark.parametrize("setting", ["teacher: live", "distill_hidden: 1", "ressa_compat: true"])
+def test_a_teacher_that_runs_beside_the_repair_is_no_stage(setting: str) -> None:
+    job = only(planned(repair=f"{{num_steps: 2, batch_size: 2, {setting}}}"))
 
     assert StageKeys.of(job).teacher is None
 
