@@ -96,6 +96,8 @@ def prune_shared(
     targets = [target] * len(weights) if isinstance(target, Target) else list(target)
     for weight_OI, each in zip(weights, targets, strict=True):
         _check(weight_OI, statistics, each, where)
+    if statistics is not None:
+        statistics.check_finite(where)
     results = [Pruned(weight, torch.ones_like(weight, dtype=torch.bool)) for weight in weights]
     if isinstance(options, DenseSpec):
         return results
@@ -104,12 +106,11 @@ def prune_shared(
             those = [
                 i for i, each in enumerate(targets) if each.sparsity and each.pattern == pattern
             ]
-            pruned = _dispatch(
-                [weights[i] for i in those], statistics, [targets[i] for i in those], options
-            )
+            trained = [weights[i] for i in those]
+            pruned = _dispatch(trained, statistics, [targets[i] for i in those], options)
+            if options.reconstruct == "pcg":
+                pruned = reconstruct(trained, pruned, need(statistics), options)
             for i, one in zip(those, pruned, strict=True):
-                if options.reconstruct == "pcg":
-                    one = reconstruct(weights[i], one, need(statistics), options)
                 if not all_finite(one.weight_OI):
                     raise NumericError(
                         f"a pruned weight is NaN or does not fit in {one.weight_OI.dtype}"
@@ -131,8 +132,6 @@ def _check(weight_OI: Tensor, statistics: Statistics | None, target: Target, whe
         raise ValueError(
             f"{where}: the layer has {num_inputs} inputs, its statistics {len(statistics.sum_I)}"
         )
-    if statistics is not None:
-        statistics.check_finite(where)
 
 
 def _dispatch(

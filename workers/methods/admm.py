@@ -14,7 +14,7 @@ from torch import Tensor
 from jobs.methods import ADMMSpec
 from jobs.pattern import Target
 from workers.masks import keep_mask
-from workers.methods.common import Pruned, need
+from workers.methods.common import Pruned, need, tf32
 from workers.methods.hessian import correlations, try_dampings
 from workers.statistics import Statistics
 
@@ -37,32 +37,33 @@ def prune_admm(
         return None if failed else torch.cholesky_inverse(lower_II)
 
     inverse_II, damping = try_dampings(invert, options.damping, statistics)
-    hessian_II.diagonal().add_(damping)
     results = []
     for weight_OI, target in zip(weights, targets, strict=True):
-        solved_OI, keep_OI = _iterate(
-            weight_OI * alive_I * norm_I, hessian_II, inverse_II, target, options
-        )
+        with tf32():
+            solved_OI, keep_OI = _iterate(weight_OI * alive_I * norm_I, inverse_II, target, options)
         results.append(Pruned((solved_OI / norm_I).to(weight_OI.dtype), keep_OI, damping))
     return results
 
 
 def _iterate(
-    trained_OI: Tensor, hessian_II: Tensor, inverse_II: Tensor, target: Target, options: ADMMSpec
+    trained_OI: Tensor, inverse_II: Tensor, target: Target, options: ADMMSpec
 ) -> tuple[Tensor, Tensor]:
-    """The published iteration, in coordinates in which every input is equally loud."""
-    goal_OI = trained_OI @ hessian_II
-    solved_OI, owed_OI = trained_OI, torch.zeros_like(trained_OI)
+    """The published iteration, in coordinates in which every input is equally loud.
+
+    `inverse_II` is K = (H + rho)⁻¹, so H K, which the trained weights pull by, is 1 - rho K.
+    """
+    pull_OI = torch.addmm(trained_OI, trained_OI, inverse_II, alpha=-options.rho)
+    solved_OI, owed_OI = trained_OI.clone(), torch.zeros_like(trained_OI)
     keep_OI = torch.ones_like(trained_OI, dtype=torch.bool)
     for step in range(options.iterations):
-        proposed_OI = solved_OI + owed_OI
+        proposed_OI = solved_OI.add_(owed_OI)
         if step < options.masking_iterations:
             progress = (step + 1) / options.masking_iterations
             now = Target(target.sparsity * (1 - (1 - progress) ** 3))
             keep_OI = keep_mask(
                 proposed_OI.abs(), target if progress == 1 else now, compare=options.compare
             )
-        masked_OI = proposed_OI * keep_OI
-        owed_OI = proposed_OI - masked_OI
-        solved_OI = (goal_OI + options.rho * (masked_OI - owed_OI)) @ inverse_II
-    return (solved_OI + owed_OI) * keep_OI, keep_OI
+        owed_OI = proposed_OI.masked_fill(keep_OI, 0)
+        masked_less_owed_OI = proposed_OI.sub_(owed_OI, alpha=2)
+        solved_OI = torch.addmm(pull_OI, masked_less_owed_OI, inverse_II, alpha=options.rho)
+    return solved_OI.add_(owed_OI).masked_fill_(~keep_OI, 0), keep_OI
