@@ -65,4 +65,5 @@ def conjugate_gradients(
 
 
 def _products_of_rows(first_OI: Tensor, second_OI: Tensor) -> Tensor:
-    return torch.linalg.vecdot(first_OI, second_OI)[:, None]
+    products_O: Tensor = torch.linalg.vecdot(first_OI, second_OI)
+    return products_O[:, None]
