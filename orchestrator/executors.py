@@ -159,11 +159,10 @@ def _run_trials(jobs: Sequence[JobSpec], storage: Storage, on_settled: OnSettled
 
     policy = jobs[0].policy
     queue = Queue(jobs, max_share=policy.max_share, stop_after=policy.on_failure.stop_after)
-
     fleet = Fleet(storage, ray.get_runtime_context().gcs_address, policy.priority)
 
     class Admission(Searcher):  # type: ignore[misc]
-        """Tune asks it for the next trial about once a second, and whenever one has ended."""
+        """Tune asks it for the next trial several times a second."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -184,9 +183,9 @@ def _run_trials(jobs: Sequence[JobSpec], storage: Storage, on_settled: OnSettled
             pass  # Report sees to it
 
         def save(self, checkpoint_path: str) -> None:
-            pass
+            pass  # Tune would resume from it; we plan again
 
-        def __reduce__(self) -> Any:  # Tune pickles these, for a resume that is not ours
+        def __reduce__(self) -> Any:
             return Searcher, ()
 
     class Report(tune.Callback):  # type: ignore[misc]

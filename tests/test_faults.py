@@ -1,5 +1,7 @@
 """What a job does about a lack of memory, a hang, a failing neighbour: inline, without Ray."""
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from jobs.spec import JobSpec
 from jobs.storage import Storage
 from jobs.sweep import parse_sweep
 from orchestrator import executors, leaderboard
-from orchestrator.executors import InlineExecutor, _cause
+from orchestrator.executors import InlineExecutor, _cause, _stalled
 from orchestrator.plan import make_plan
 from tests.families import make_tiny
 from tests.test_cli import prunefleet
@@ -148,6 +150,27 @@ def test_a_stalled_attempt_is_tried_once_more(
     [result] = settled([dense], Storage(str(tmp_path)))
 
     assert (result.status, result.facts["attempt"]) == ("complete", 2)
+
+
+def test_a_ray_worker_that_stalls_leaves_word_before_it_dies(tmp_path: Path) -> None:
+    """It may hang in a collective, so it ends as a process; its driver finds the reason."""
+    program = (
+        "import sys\n"
+        "from jobs.storage import Storage\n"
+        "from workers.entry import _leave\n"
+        "_leave(Storage(sys.argv[1]), sys.argv[2], 'no progress for 30 min since prune 3 of 12')\n"
+        "print('still here')\n"
+    )
+    storage = Storage(str(tmp_path))
+
+    dead = subprocess.run(
+        [sys.executable, "-c", program, storage.url, DENSE.key], capture_output=True, text=True
+    )
+
+    assert (dead.returncode, dead.stdout) == (1, "")
+    reason = _stalled(DENSE, storage)
+    assert reason is not None
+    assert reason.message == "no progress for 30 min since prune 3 of 12"
 
 
 def test_a_sweep_ends_after_so_many_failures_and_the_rest_runs_next_time(

@@ -22,7 +22,8 @@ import psutil
 from tests.chaos.world import World
 
 HOST = """
-import json, sys, time
+import json, os, sys, time
+os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")  # the machine may be busy
 import ray
 from ray.util import placement_group_table
 
