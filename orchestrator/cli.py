@@ -27,6 +27,7 @@ from orchestrator import doctor as physician
 from orchestrator import leaderboard as board
 from orchestrator.estimate import estimate
 from orchestrator.executors import Executor, InlineExecutor, RayExecutor
+from orchestrator.history import draw_history
 from orchestrator.plan import shared_stages
 from orchestrator.progress import STALE_S, Progress, describe
 from orchestrator.resolved import find_sweep, jobs_of, known_sweeps, write_resolved
@@ -325,6 +326,28 @@ def leaderboard(
     if compact:
         board.compact(Storage(storage))
     print_leaderboard(board.load(Storage(storage), query), console)
+
+
+@app.command()
+def history(
+    job: Annotated[str, typer.Argument(help="A job key, or its first digits.")],
+    to: Annotated[Path, typer.Option(help="A file that ends in .png or .svg.")],
+    storage: StorageOption = "runs",
+) -> None:
+    """Draw how a job's search for sparsities went: its objective, and what it found."""
+    place = Storage(storage)
+    rows = board.load(place)
+    matching = rows[rows["job_key"].str.startswith(job) & (rows["allocation"] == "slimllava")]
+    if matching["job_key"].nunique() != 1 or matching["stages"].isna().all():
+        raise SpecError(
+            f"{matching['job_key'].nunique()} finished searches have a key that starts with {job!r}"
+        )
+    stages = json.loads(matching["stages"].dropna().iloc[0])
+    key = next(stage["key"] for stage in stages if stage["stage"] == "allocate")
+    with tempfile.TemporaryDirectory(prefix="prunefleet-") as scratch:
+        folder = place.fetch_folder(stage_path("allocate", key), Path(scratch))
+        draw_history(json.loads((folder / "history.json").read_text()), to)
+    _print_line(f"{to} is drawn")
 
 
 @app.command()

@@ -6,6 +6,7 @@ terminal, each job takes two lines instead.
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, get_args
 
@@ -38,6 +39,10 @@ def print_leaderboard(frame: pd.DataFrame, console: Console) -> None:
         jobs = [_cells(its) for its in by_job.values()]
         labels = _repair_labels(list(by_job.values()))
         jobs = [cells | {"repair": label} for cells, label in zip(jobs, labels, strict=True)]
+        firsts = [rows[0] for rows in by_job.values()]
+        for part in ("method", "allocation"):
+            named = _named_apart(firsts, part)
+            jobs = [cells | {part: label} for cells, label in zip(jobs, named, strict=True)]
         _print_table(f"{benchmark}, {metric}", jobs, console)
     _print_without_result("stopped", "stopped early", "yellow", frame, console)
     _print_without_result("failed", "failed", "bold red", frame, console)
@@ -100,6 +105,33 @@ def _cells(rows: list[Row]) -> dict[str, str]:
         "time": _duration(job["seconds_total"]),
         "job": job["job_key"][:8],
     }
+
+
+def _named_apart(jobs: Sequence[Row], part: str) -> list[str]:
+    """Each job's method or allocation, and the options in which those of its name differ.
+
+    A value that most of them have goes unsaid: the others are the variants.
+    """
+    options = [_options(job, part) for job in jobs]
+    labels = []
+    for job, its in zip(jobs, options, strict=True):
+        name = _text(job[part])
+        alike = [each for other, each in zip(jobs, options, strict=True) if other[part] == name]
+        for option, value in its.items():
+            counts = Counter(json.dumps(each.get(option)) for each in alike)
+            if len(counts) > 1 and 2 * counts[json.dumps(value)] <= len(alike):
+                name += f" {option} {value}"
+        labels.append(name)
+    return labels
+
+
+def _options(job: Row, part: str) -> dict[str, Any]:
+    """Out of the row's settings; empty for the dense model, or a row of another version."""
+    try:
+        options: dict[str, Any] = json.loads(job["job"])["prune"][part]
+    except (KeyError, TypeError, ValueError):
+        return {}
+    return {name: value for name, value in options.items() if name != "name"}
 
 
 def _repair_labels(jobs: Sequence[list[Row]]) -> list[str]:

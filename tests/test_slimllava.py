@@ -12,15 +12,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from jobs.crash import CRASH_EXIT_CODE
-from jobs.errors import ModelError
+from jobs.errors import ModelError, SpecError
 from jobs.methods import SparseGPTSpec
 from jobs.pattern import Target
 from jobs.spec import CalibrationSpec, JobSpec
 from jobs.storage import Storage
 from jobs.sweep import parse_sweep
+from orchestrator.cli import app
 from orchestrator.plan import make_plan
+from orchestrator.settle import settle
 from tests.families import make_tiny
 from workers.bank import Bank
 from workers.context import Context
@@ -257,3 +260,24 @@ def test_a_model_without_a_projector_has_none_to_tune(tmp_path: Path) -> None:
 
     assert run(untuned, tmp_path / "storage").status == "complete"
     assert not (stage(tmp_path / "storage", untuned, "allocate") / FOUND[2]).exists()
+
+
+def test_the_history_is_drawn(whole: tuple[Path, JobSpec, Any], tmp_path: Path) -> None:
+    """What a search did can be looked at: `prunefleet history JOB --to FILE`."""
+    storage, job, result = whole
+    settle(job, Storage(str(storage)), lambda attempt: result)
+
+    drawn = CliRunner().invoke(
+        app, ["history", job.key[:8], "--to", str(tmp_path / "h.png"), "--storage", str(storage)]
+    )
+
+    assert drawn.exit_code == 0, drawn.output
+    assert (tmp_path / "h.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_job_without_a_search_has_no_history(tmp_path: Path) -> None:
+    """And says so, rather than draw an empty picture."""
+    drawn = CliRunner().invoke(app, ["history", "ab", "--to", "h.png", "--storage", str(tmp_path)])
+
+    assert isinstance(drawn.exception, SpecError)
+    assert "0 finished searches" in str(drawn.exception)

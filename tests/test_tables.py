@@ -122,3 +122,29 @@ def test_two_recipes_by_one_method_are_told_apart_by_what_differs():
         "sparse_lora                                        0.812 ±0.020  aaaaaaaa",
         "sparse_lora rank vision:4,language:8 ressa_compat  0.812 ±0.020  bbbbbbbb",
     ]
+
+
+def test_variants_of_one_name_are_told_apart_by_the_options_in_which_they_differ():
+    """Two of three searches share eta and early_samples: only what is unusual is said."""
+    place = Storage("memory://variants")
+    options = [
+        {"name": "slimllava", "eta": None, "step": 0.05, "projector_every": 5},
+        {"name": "slimllava", "eta": 0.0, "step": 0.05, "projector_every": 5},
+        {"name": "slimllava", "eta": None, "step": 0.05, "projector_every": 0},
+    ]
+    for key, allocation in zip("abc", options, strict=True):
+        prune = {"method": {"name": "wanda"}, "allocation": allocation}
+        leaderboard.publish(
+            place,
+            {"method": "wanda", "allocation": "slimllava", "job": json.dumps({"prune": prune})},
+            JobResult(key * 16, "complete", (DENSE,)),
+        )
+
+    lines = printed(leaderboard.load(place), width=80, terminal=True)
+
+    assert [line.split("0.812")[0].strip() for line in lines[3:6]] == [
+        "slimllava",
+        "slimllava eta 0.0",
+        "slimllava projector_every 0",
+    ]
+    assert "method wanda" in lines[1]
