@@ -6,6 +6,7 @@ machines reach. A stage that is there already costs nothing.
 
 from dataclasses import dataclass
 
+from jobs.allocation import SlimLLaVASpec
 from jobs.spec import JobSpec
 from orchestrator.plan import ModelFacts, model_facts
 from workers.keys import StageKeys
@@ -62,11 +63,27 @@ def _flops(stage: str, job: JobSpec, facts: ModelFacts) -> float:
         if job.prune is not None and job.prune.refine is not None:
             passes += 1.5 * job.prune.refine.num_steps  # forward, backward; of half the samples
         return calibration.num_samples * tokens * (passes * forward + grams) + solve
+    if job.prune is not None and isinstance(job.prune.allocation, SlimLLaVASpec):
+        search = job.prune.allocation
+        if stage == "bank":
+            ratios = 2 * int(search.reach / search.step) + 1
+            return ratios * sum(4.0 * outputs * n**2 for _, outputs, n in facts.prunable.values())
+        if stage == "allocate":
+            return _samples_of_search(search) * tokens * forward
     if job.repair is not None and stage in ("teacher", "repair"):
         samples = job.repair.num_steps * job.repair.batch_size
         training = 5 if job.repair.has_live_teacher else 4
         return samples * tokens * forward * (1 if stage == "teacher" else training)
     return 0.0
+
+
+def _samples_of_search(search: SlimLLaVASpec) -> float:
+    """Samples run forward, half of the candidates all, the others the first only."""
+    candidates = search.population + search.generations * (search.population - search.survivors)
+    each = (search.num_samples + (search.early_samples or search.num_samples)) / 2
+    tunings = search.generations // search.projector_every if search.projector_every else 0
+    steps = 2 * search.projector_steps * search.batch_size  # backward, without weight gradients
+    return candidates * each + tunings * search.survivors * (steps + search.num_samples)
 
 
 def _memory_gib(job: JobSpec, facts: ModelFacts, *, bytes_per_param: int) -> float:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from jobs.allocation import AllocationSpec, UniformSpec
+from jobs.allocation import AllocationSpec, SlimLLaVASpec, UniformSpec
 from jobs.errors import DataError, ModelError, SpecError
 from jobs.methods import DenseSpec, MethodSpec
 from jobs.pattern import Pattern
@@ -259,6 +259,8 @@ def _check_job(job: JobSpec) -> None:
     _check_benchmarks(job, facts)
     if job.prune is not None:
         _check_pattern(job.prune, facts)
+        if isinstance(job.prune.allocation, SlimLLaVASpec):
+            _check_search(job.prune.allocation, job.calibration.dataset, facts)
     if job.is_calibrated:
         _check_calibration(job)
     if job.repair is not None:
@@ -305,6 +307,22 @@ def _check_calibration(job: JobSpec) -> None:
         raise DataError(
             f"calibration.num_samples is {spec.num_samples}, and {spec.dataset.label} has "
             f"{available} samples"
+        )
+
+
+def _check_search(spec: SlimLLaVASpec, dataset: DatasetSpec, facts: ModelFacts) -> None:
+    if spec.projector_every and not ("vision" in facts.towers and _has_images(dataset)):
+        lacking = "images" if "vision" in facts.towers else "projector"
+        where = dataset.label if lacking == "images" else facts.spec.name
+        raise SpecError(
+            f"grid.allocation: slimllava tunes the projector, and {where} has no {lacking}: set "
+            "projector_every: 0"
+        )
+    available = _num_samples(dataset, "train")
+    if spec.num_samples > available and not dataset.is_text:
+        raise DataError(
+            f"grid.allocation: slimllava: num_samples is {spec.num_samples}, and {dataset.label} "
+            f"has {available} samples"
         )
 
 

@@ -15,13 +15,14 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from jobs.crash import CRASH_EXIT_CODE
-from jobs.errors import ModelError, SpecError
+from jobs.errors import DataError, SpecError
 from jobs.methods import SparseGPTSpec
 from jobs.pattern import Target
 from jobs.spec import CalibrationSpec, JobSpec
 from jobs.storage import Storage
 from jobs.sweep import parse_sweep
 from orchestrator.cli import app
+from orchestrator.estimate import estimate
 from orchestrator.plan import make_plan
 from orchestrator.settle import settle
 from tests.families import make_tiny
@@ -252,11 +253,9 @@ def test_a_model_without_a_projector_has_none_to_tune(tmp_path: Path) -> None:
         ("dataset: easy-vqa", "dataset: python-docs, sequence_length: 32"),
         (", max_new_tokens: 2, answer_loss: true", ""),
     )
-    tuned = planned(language, *text)
+    with pytest.raises(SpecError, match="projector_every: 0"):
+        planned(language, *text)
     untuned = planned(language, *text, ("projector_every: 2", "projector_every: 0"))
-
-    with pytest.raises(ModelError, match="projector_every: 0"):
-        run(tuned, tmp_path / "storage")
 
     assert run(untuned, tmp_path / "storage").status == "complete"
     assert not (stage(tmp_path / "storage", untuned, "allocate") / FOUND[2]).exists()
@@ -281,3 +280,25 @@ def test_a_job_without_a_search_has_no_history(tmp_path: Path) -> None:
 
     assert isinstance(drawn.exception, SpecError)
     assert "0 finished searches" in str(drawn.exception)
+
+
+def test_a_search_that_cannot_be_is_refused_by_the_plan(model: Path) -> None:
+    """Not after the statistics and the bank have been paid for."""
+    with pytest.raises(DataError, match="num_samples is 99999"):
+        planned(model, ("num_samples: 6, early", "num_samples: 99999, early"))
+    text = (
+        ("dataset: easy-vqa, num_samples: 6,", "dataset: python-docs, num_samples: 6,"),
+        ("sparsity: 0.5", "sparsity: 0.5\n  towers: language"),
+    )
+    with pytest.raises(SpecError, match="python-docs has no images"):
+        planned(model, *text)
+
+
+def test_the_plan_knows_that_a_search_takes_longer_than_a_rule(model: Path) -> None:
+    """Twice the generations, about twice the time."""
+    seconds = [
+        estimate(planned(model, ("generations: 3", f"generations: {number}")), set()).seconds
+        for number in (100, 200)
+    ]
+
+    assert 1.5 < (seconds[1] - 20) / (seconds[0] - 20) < 2.1
