@@ -129,6 +129,8 @@ def run(
     ] = None,
 ) -> None:
     """Run what a sweep's leaderboard lacks. Run it again: nothing is computed twice."""
+    if executor == "ray" and (address or "").startswith(("http://", "https://")):
+        raise SpecError(f"--address: {address} is a dashboard: `prunefleet submit` is for those")
     jobs, place = jobs_of(sweep), Storage(storage)
     for path in board.discard_damaged(place, {job.key for job in jobs}):
         _print_line(f"{place.url}/{path} was damaged and is deleted; its job runs again")
@@ -163,7 +165,7 @@ def run(
         )
     if failed or not_run:
         raise typer.Exit(3)
-    lost = {job.key for job in missing} - board.published_keys(place).keys()
+    lost = progress.results.keys() - board.published_keys(place).keys()
     if lost:
         _print_error(
             "lost",

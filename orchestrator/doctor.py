@@ -20,8 +20,8 @@ import urllib.error
 import urllib.request
 import uuid
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,6 +49,7 @@ MAX_DISK_USED = 0.95
 
 MIN_OPEN_FILES = 4096
 MAX_CLOCK_SKEW_S = 60.0
+UNSEEN = "what it writes there is not seen by others"
 
 
 @dataclass(frozen=True)
@@ -146,45 +147,73 @@ def look_at_node(node: dict[str, Any], storage_url: str, folder: str, asked_at: 
 
     Args:
         node: an entry of `ray.nodes()`.
-        folder: in the storage; has a file `asked`, and gets a file named by the node's id.
     """
     name = f"{socket.gethostname()} ({node['NodeID'][:6]})"
     gpus = float(node["Resources"].get("GPU", 0))
     facts = gather_facts(name, gpus_ray=gpus, asked_at=asked_at)
-    error = None
+    return replace(facts, storage_error=meet(node, storage_url, folder, asked_at))
+
+
+def meet(node: dict[str, Any], storage_url: str, folder: str, asked_at: float) -> str | None:
+    """Read what was written in the storage by another machine, and leave a file there.
+
+    Args:
+        folder: in the storage; has a file `asked`, and gets a file named by the node's id.
+
+    Returns:
+        What is wrong with the storage as this machine sees it.
+    """
     try:
         storage = Storage(storage_url)
         if storage.read_bytes(f"{folder}/asked") != folder.encode():
-            error = "it has something else under that name"
+            return "it has something else under that name"
         storage.put(f"{folder}/{node['NodeID']}", b"here")
     except FileNotFoundError:
-        error = "it does not see what another machine wrote there"
+        return "it does not see what another machine wrote there"
     except PrunefleetError as failure:
-        error = failure.message
-    return Facts(**{**asdict(facts), "storage_error": error})
+        return failure.message
+    return None
 
 
 def look_at_cluster(storage: Storage) -> list[Finding]:
     """Everything about the cluster that this process is connected to with `ray.init`."""
-    import ray
-
-    nodes = [node for node in ray.nodes() if node["Alive"]]
     with _shared_folder(storage) as folder:
-        facts, silent = _ask_nodes(nodes, storage, folder)
-        unseen = [
-            one.node
-            for node, one in facts
-            if not one.storage_error and not storage.exists(f"{folder}/{node['NodeID']}")
-        ]
-    every = [one for _, one in facts]
+        facts, silent = _ask_nodes(look_at_node, storage, folder)
+        apart = {one.node: one.storage_error for one in facts.values() if one.storage_error}
+        apart |= {
+            one.node: UNSEEN
+            for node, one in facts.items()
+            if not one.storage_error and not storage.exists(f"{folder}/{node}")
+        }
+    every = list(facts.values())
     return [
-        *judge_answers(len(nodes), silent),
+        *judge_answers(len(every), silent),
         *judge_versions(every),
-        *judge_sharing(every, unseen, storage.url),
+        *judge_sharing(len(every), apart, storage.url),
         *(finding for one in every for finding in judge_machine(one)),
         *judge_clocks(every),
         *_look_at_placement_groups(),
     ]
+
+
+def require_shared_storage(storage: Storage) -> None:
+    """Make sure that every node of the connected cluster works in the same storage.
+
+    A node with a folder of its own there would lose its results without a word.
+
+    Raises:
+        SpecError: one that does not.
+    """
+    with _shared_folder(storage) as folder:
+        answers, _ = _ask_nodes(meet, storage, folder)
+        apart = {
+            node[:6]: error or UNSEEN
+            for node, error in answers.items()
+            if error or not storage.exists(f"{folder}/{node}")
+        }
+    problems = [one for one in judge_sharing(len(answers), apart, storage.url) if one.remedy]
+    if problems:
+        raise SpecError("\n".join(f"{one.what}. {one.remedy}" for one in problems))
 
 
 @contextlib.contextmanager
@@ -199,29 +228,32 @@ def _shared_folder(storage: Storage) -> Iterator[str]:
 
 
 def _ask_nodes(
-    nodes: Sequence[dict[str, Any]], storage: Storage, folder: str
-) -> tuple[list[tuple[dict[str, Any], Facts]], dict[str, str]]:
-    """The facts of each node that answers, and why the others do not."""
+    look: Callable[..., Any], storage: Storage, folder: str
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Call `look` on every node that is alive.
+
+    Returns:
+        What it returned, by the node's id; and why other nodes did not answer, by their name.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    look = ray.remote(num_cpus=0, max_retries=0)(look_at_node)
+    task = ray.remote(num_cpus=0, max_retries=0)(look)
     asked = {}
-    for node in nodes:
-        here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        told = {name: node[name] for name in ("NodeID", "Resources")}
-        answer = look.options(scheduling_strategy=here).remote(
-            told, storage.url, folder, time.time()
-        )
-        asked[answer] = node
+    for node in ray.nodes():
+        if node["Alive"]:
+            here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            told = {name: node[name] for name in ("NodeID", "Resources")}
+            pinned = task.options(scheduling_strategy=here)
+            asked[pinned.remote(told, storage.url, folder, time.time())] = node
     answered, late = ray.wait(list(asked), num_returns=len(asked), timeout=NODE_LIMIT_S)
-    facts, silent = [], {_name(asked[one]): f"no answer in {NODE_LIMIT_S:g} s" for one in late}
+    answers, silent = {}, {_name(asked[one]): f"no answer in {NODE_LIMIT_S:g} s" for one in late}
     for one in answered:
         try:
-            facts.append((asked[one], ray.get(one)))
+            answers[asked[one]["NodeID"]] = ray.get(one)
         except Exception as error:  # whatever a node without our packages raises
             silent[_name(asked[one])] = _last_line(error)
-    return facts, silent
+    return answers, silent
 
 
 def _name(node: dict[str, Any]) -> str:
@@ -482,16 +514,14 @@ def judge_clocks(machines: Sequence[Facts]) -> list[Finding]:
     ]
 
 
-def judge_sharing(machines: Sequence[Facts], unseen: Sequence[str], url: str) -> list[Finding]:
-    """Args: unseen: nodes that wrote a file to the storage which is not there."""
-    wrong = {one.node: one.storage_error for one in machines if one.storage_error}
-    wrong |= dict.fromkeys(unseen, "what it writes there is not seen by others")
-    if not wrong:
-        return [Finding("shared storage", "ok", f"{url}: the same on {len(machines)} nodes")]
+def judge_sharing(num_nodes: int, apart: Mapping[str, str], url: str) -> list[Finding]:
+    """Args: apart: what is wrong with the storage, by node."""
+    if not apart:
+        return [Finding("shared storage", "ok", f"{url}: the same on {num_nodes} nodes")]
     remedy = "Mount the same disk under the same path on every node, or use s3:// or gs://"
     return [
-        Finding("shared storage", "problem", f"{node}: {url}: {why}", remedy)
-        for node, why in wrong.items()
+        Finding("shared storage", "problem", f"node {node}: {url}: {why}", remedy)
+        for node, why in apart.items()
     ]
 
 

@@ -1,6 +1,7 @@
 """A cluster's dashboard as far as the Jobs API goes: real HTTP, and a record of what was sent."""
 
 import asyncio
+import importlib.metadata
 import json
 import threading
 import time
@@ -9,7 +10,6 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
-import ray
 from aiohttp import web
 
 
@@ -115,7 +115,7 @@ class JobsServer:
         return await handler(request)
 
     async def _version(self, request: web.Request) -> web.Response:
-        return web.json_response({"version": "4", "ray_version": ray.__version__})
+        return web.json_response({"version": "4", "ray_version": importlib.metadata.version("ray")})
 
     async def _list(self, request: web.Request) -> web.Response:
         return web.json_response(list(self.jobs.values()))

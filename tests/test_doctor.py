@@ -102,15 +102,11 @@ def test_versions_that_differ_are_named_with_their_nodes() -> None:
 
 
 def test_a_node_with_a_disk_of_its_own_is_found() -> None:
-    """b cannot read what was asked; c writes where nobody sees it."""
-    apart = replace(WELL, node="b", storage_error="it does not see what another machine wrote")
-    nodes = [WELL, apart, replace(WELL, node="c")]
+    (found,) = judge_sharing(3, {"b": "it does not see what another machine wrote"}, "/runs")
 
-    found = judge_sharing(nodes, ["c"], "/runs")
-
-    assert [one.level for one in found] == ["problem", "problem"]
-    assert [one.what.split(":")[0] for one in found] == ["b", "c"]
-    assert levels(judge_sharing([WELL], [], "/runs")) == {"shared storage": "ok"}
+    assert found.level == "problem"
+    assert found.what == "node b: /runs: it does not see what another machine wrote"
+    assert levels(judge_sharing(3, {}, "/runs")) == {"shared storage": "ok"}
 
 
 def test_a_silent_node_is_a_problem() -> None:

@@ -13,6 +13,7 @@ from jobs.errors import SpecError
 from jobs.result import JobResult, Score
 from jobs.storage import Storage
 from orchestrator import leaderboard
+from orchestrator.executors import InlineExecutor
 from orchestrator.progress import STALE_S
 from orchestrator.resolved import jobs_of, known_sweeps, read_resolved, sweep_id, write_resolved
 from orchestrator.settle import fail, job_columns
@@ -425,6 +426,46 @@ def test_status_and_logs_go_by_name_without_the_file(study: Study) -> None:
     (shown,) = json.loads(full.out)
     assert [job["state"] for job in shown["jobs"]] == ["complete"] * 3
     assert log.out == "hello\n"
+
+
+def test_a_name_that_several_sweeps_have_is_asked_back(study: Study, model: Path) -> None:
+    """Edited between two runs: two ids with one name. The beginning of an id tells them apart."""
+    write_resolved(study.jobs, study.storage)
+    edited = write_resolved(study.jobs[:2], study.storage)
+
+    unclear = prunefleet("status", "tiny", "--storage", study.storage.url)
+    clear = prunefleet("status", edited[:-4], "--storage", study.storage.url)
+
+    assert unclear.code == 2
+    assert study.id in unclear.err
+    assert edited in unclear.err
+    assert clear.out.startswith(f"{edited}: 2 jobs: 2 waiting")
+
+
+def test_results_that_went_elsewhere_end_a_run_with_3(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node that has a folder of its own under the storage's name: complete, and nothing there."""
+
+    def settle_elsewhere(_: Any, jobs: Any, storage: Storage, on_settled: Any) -> None:
+        score = Score("dense", "easy-vqa", "exact_match", 0.5, None, None, 8)
+        for job in jobs:
+            on_settled(job, JobResult(job.key, "complete", (score,)))
+
+    monkeypatch.setattr(InlineExecutor, "run", settle_elsewhere)
+
+    ran = prunefleet("run", study.sweep, "--storage", study.storage.url, "--executor", "inline")
+
+    assert ran.code == 3
+    assert "lost: 3 jobs ended, and their results are not in" in ran.err
+    assert known_sweeps(study.storage) == [study.id]
+
+
+def test_run_sends_to_submit_who_gives_it_a_dashboard(study: Study) -> None:
+    ran = prunefleet("run", study.sweep, "--address", "http://head:8265")
+
+    assert ran.code == 2
+    assert "`prunefleet submit` is for those" in ran.err
 
 
 def test_what_a_cluster_does_not_know_is_said(study: Study) -> None:
