@@ -27,6 +27,7 @@ from orchestrator import doctor as physician
 from orchestrator import leaderboard as board
 from orchestrator.estimate import estimate
 from orchestrator.executors import Executor, InlineExecutor, RayExecutor
+from orchestrator.findings import Finding
 from orchestrator.history import draw_history
 from orchestrator.plan import shared_stages
 from orchestrator.progress import STALE_S, Progress, describe
@@ -444,7 +445,7 @@ def _print_status(shown: dict[str, Any], *, in_full: bool) -> None:
         )
 
 
-def _print_findings(findings: list[physician.Finding]) -> None:
+def _print_findings(findings: list[Finding]) -> None:
     styles = {"ok": "green", "warning": "yellow", "problem": "red"}
     width = max(len(finding.check) for finding in findings)
     for finding in findings:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from jobs.storage import Storage
-from orchestrator.doctor import (
+from orchestrator.doctor import look_at_access, look_at_node, look_at_storage
+from orchestrator.findings import (
     Facts,
     Finding,
     PlacementGroup,
@@ -20,9 +21,6 @@ from orchestrator.doctor import (
     judge_sharing,
     judge_socket_path,
     judge_versions,
-    look_at_access,
-    look_at_node,
-    look_at_storage,
 )
 from tests.jobs_server import JobsServer
 from tests.test_cli import prunefleet
