@@ -133,8 +133,7 @@ def run(
     if executor == "ray" and (address or "").startswith(("http://", "https://")):
         raise SpecError(f"--address: {address} is a dashboard: `prunefleet submit` is for those")
     jobs, place = jobs_of(sweep), Storage(storage)
-    for path in board.discard_damaged(place, {job.key for job in jobs}):
-        _print_line(f"{place.url}/{path} was damaged and is deleted; its job runs again")
+    _discard_damaged(jobs, place)
     missing = board.still_to_run(jobs, place)
     _print_line(
         f"{len(jobs)} jobs, {len(jobs) - len(missing)} complete, {len(missing)} to run. "
@@ -198,6 +197,7 @@ def submit(
     """Run a sweep on a cluster as a Ray job. Submit it again to join it, or to do what is left."""
     resources = parse_resources(driver_resource or [])
     jobs, place = jobs_of(sweep), shared_storage(storage)
+    _discard_damaged(jobs, place)
     settled = board.published_keys(place)
     keys = {job.key for job in jobs}
     if not board.still_to_run(jobs, place):
@@ -375,6 +375,11 @@ def export(
         shutil.copytree(fetched, Path(scratch) / "model")
         os.replace(Path(scratch) / "model", to)
     _print_line(f"{keys[0]} is in {to}")
+
+
+def _discard_damaged(jobs: list[JobSpec], storage: Storage) -> None:
+    for path in board.discard_damaged(storage, {job.key for job in jobs}):
+        _print_line(f"{storage.url}/{path} was damaged and is deleted; its job runs again")
 
 
 def _check_storage(storage: Storage) -> None:

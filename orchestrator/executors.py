@@ -29,6 +29,7 @@ from jobs.result import JobResult
 from jobs.spec import JobSpec
 from jobs.storage import Storage
 from orchestrator.admission import TRIAL_MEMORY, Node, Queue, check_feasible, need_of, tell
+from orchestrator.doctor import require_shared_storage
 from orchestrator.fleet import Fleet
 from orchestrator.retry import Attempt
 from orchestrator.settle import fail, settle
@@ -66,7 +67,8 @@ class Executor(Protocol):
         """Settle the jobs: after this each has a row, or `on_failure` ended the run.
 
         Raises:
-            SpecError: a job that no node of the cluster can hold. Nothing was started.
+            SpecError: a job that no node of the cluster can hold, or a node that does not share the
+                storage. Nothing was started.
         """
 
 
@@ -126,6 +128,8 @@ class RayExecutor:
 
         try:
             check_feasible(jobs, _nodes())
+            if self.address is not None:
+                require_shared_storage(storage)
             _run_trials(jobs, storage, on_settled)
         finally:
             ray.shutdown()
