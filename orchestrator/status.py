@@ -44,10 +44,11 @@ def sweep_status(
             life before then, and has no result, was cut off with it.
     """
     settled = leaderboard.published_keys(storage)
+    begun = {path.rpartition("/")[2].removesuffix(".json") for path in storage.list("progress")}
     states = []
     for job in jobs:
         row = settled.get(job.key)
-        beat = None if row == "complete" else read_beat(storage, job.key)
+        beat = read_beat(storage, job.key) if row != "complete" and job.key in begun else None
         state = state_of(row, beat["time"] if beat else None, now=now, ended=ended)
         if beat is None or state in ("failed", "stopped"):
             states.append(JobStatus(job.key, describe(job), state))
