@@ -51,7 +51,7 @@ class Nodes:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(16),
             "RAY_worker_niceness": "0",  # a busy machine: get on, and wait for long
-            "RAY_raylet_start_wait_time_s": "180",
+            "RAY_raylet_start_wait_time_s": "400",
         }
         self.started: list[psutil.Popen] = []
         self.left_behind: list[psutil.Process] = []
@@ -93,7 +93,7 @@ class Nodes:
             assert node.poll() is None, log.read_text()
             return "block forever" in log.read_text()
 
-        wait_for("a node to start", is_up, limit_s=180)
+        wait_for("a node to start", is_up, limit_s=400)
 
     def kill_node(self, node: psutil.Popen) -> None:
         """Kill -9 of its raylet. What ran on it is on its own, and is to end by itself."""
@@ -170,7 +170,7 @@ def test_a_submitted_sweep_survives_the_loss_of_a_node(nodes: Nodes, tmp_path: P
     workers = [nodes.add_node(), nodes.add_node()]
 
     submitting = nodes.prunefleet(*submit)
-    wait_for("a first sign of life", lambda: list(runs.glob("progress/*")), limit_s=300)
+    wait_for("a first sign of life", lambda: list(runs.glob("progress/*")), limit_s=600)
     victim = next(node for node in workers if has_a_train_worker(node))
     nodes.kill_node(victim)
     said, _ = submitting.communicate(timeout=900)
