@@ -6,7 +6,10 @@ every mistake: the line, the place in the file, the value, what would be right.
 """
 
 import difflib
+import math
 import re
+import stat
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -24,6 +27,7 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
+from yaml.constructor import ConstructorError
 
 from jobs.allocation import AllocationSpec, UniformSpec
 from jobs.errors import SpecError
@@ -42,8 +46,11 @@ from jobs.spec import (
 )
 
 MAX_FILE_BYTES = 1_000_000
-MAX_NODES = 100_000
+MAX_NODES = 20_000
 """Values in a file once its aliases are written out: a few lines of aliases can hold billions."""
+MAX_POINTS = 10_000
+"""Of the grid, before any are left out."""
+MAX_INTEGER = 2**63
 
 
 def _as_list(value: Any) -> Any:
@@ -195,6 +202,27 @@ class SweepSpec(RunPolicy):
                 )
         return value
 
+    @model_validator(mode="after")
+    def _is_not_endless(self) -> "SweepSpec":
+        points = _num_points(self) * sum(_num_points(grid) for grid in self.grid)
+        if points > MAX_POINTS:
+            raise PydanticCustomError(
+                "points",
+                "the grid has {points} points, more than {limit}: make a sweep of each part",
+                {"points": points, "limit": MAX_POINTS},
+            )
+        return self
+
+
+def _num_points(spec: Spec) -> int:
+    """The product of the lengths of all lists that multiply the grid."""
+    lists = (
+        value
+        for name, value in spec
+        if isinstance(value, list) and name not in ("grid", "exclude", "evaluate")
+    )
+    return math.prod(max(1, len(value)) for value in lists)
+
 
 class SweepError(SpecError):
     """A sweep file with mistakes; the message has a paragraph for each."""
@@ -207,7 +235,9 @@ def read_sweep(path: Path) -> SweepSpec:
         SweepError: anything wrong with it.
     """
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
+        if not stat.S_ISREG((status := path.stat()).st_mode):
+            raise SweepError(f"{path}: cannot be read: it is no file")
+        if status.st_size > MAX_FILE_BYTES:
             raise SweepError(f"{path} is larger than {MAX_FILE_BYTES} bytes: not a sweep")
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -251,6 +281,27 @@ def _anchored(sweep: SweepSpec, base: Path) -> SweepSpec:
 class _Loader(yaml.SafeLoader):
     """Safe, and an unquoted 2:4 is text: to YAML 1.1 it is 124, a time in base 60."""
 
+    num_nodes = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self.num_nodes += 1
+        if self.num_nodes > MAX_NODES:
+            raise _too_many()
+        return super().compose_node(parent, index)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        value = int(super().construct_yaml_int(node))
+        if abs(value) >= MAX_INTEGER:
+            raise ConstructorError(None, None, "an integer beyond 64 bits", node.start_mark)
+        return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
+def _too_many() -> ValueError:
+    return ValueError(f"more than {MAX_NODES} values once its aliases are expanded")
+
 
 _BASE_60 = ("tag:yaml.org,2002:str", re.compile(r"[-+]?[0-9]+(:[0-9]+)+$"))
 _Loader.yaml_implicit_resolvers = {
@@ -279,9 +330,9 @@ def _check_nodes(root: yaml.Node, source: str) -> None:
         node = waiting.pop()
         count += 1
         if count > MAX_NODES:
-            raise SweepError(
-                f"{source}: more than {MAX_NODES} values once its aliases are expanded"
-            )
+            raise _too_many()
+        if isinstance(node, yaml.ScalarNode):
+            _check_characters(node, source)
         if isinstance(node, yaml.MappingNode):
             seen: set[str] = set()
             for key, child in node.value:
@@ -289,9 +340,19 @@ def _check_nodes(root: yaml.Node, source: str) -> None:
                     line = key.start_mark.line + 1
                     raise SweepError(f"{source}:{line}: the key {key.value!r} stands twice")
                 seen.add(str(key.value))
-                waiting.append(child)
+                waiting += [key, child]
         elif isinstance(node, yaml.SequenceNode):
             waiting.extend(node.value)
+
+
+def _check_characters(node: yaml.ScalarNode, source: str) -> None:
+    """Names reach terminals, paths and logs: nothing in them may move a cursor or end a string."""
+    for character in node.value:
+        if unicodedata.category(character) in ("Cc", "Cf", "Cs") and character not in "\n\t":
+            raise SweepError(
+                f"{source}:{node.start_mark.line + 1}: {node.value[:80]!r} has the control "
+                f"character U+{ord(character):04X}. Take it out"
+            )
 
 
 def _tell_mistakes(errors: Sequence[ErrorDetails], root: yaml.Node, source: str) -> list[str]:

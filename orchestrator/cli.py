@@ -16,6 +16,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
+import pandas as pd
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -24,7 +25,9 @@ from jobs.errors import PrunefleetError, SpecError, StorageError
 from jobs.spec import JobSpec
 from jobs.storage import Storage
 from orchestrator import doctor as physician
+from orchestrator import garbage
 from orchestrator import leaderboard as board
+from orchestrator import reproduce as anew
 from orchestrator.estimate import estimate
 from orchestrator.executors import Executor, InlineExecutor, RayExecutor
 from orchestrator.findings import Finding
@@ -45,6 +48,7 @@ from orchestrator.submit import (
     start,
 )
 from orchestrator.tables import print_leaderboard
+from orchestrator.terminal import visible
 from workers.keys import STAGES, StageKeys, stage_path
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -324,11 +328,107 @@ def leaderboard(
     compact: Annotated[
         bool, typer.Option("--compact", help="First make thousands of results fast to read.")
     ] = False,
+    columns: Annotated[
+        str | None, typer.Option(help="Only these, separated by commas: method,sparsity,score.")
+    ] = None,
+    as_csv: Annotated[bool, typer.Option("--csv", help="One line per score.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="An object per score.")] = False,
 ) -> None:
     """Print the leaderboard, or the part of it that a pandas query picks."""
     if compact:
         board.compact(Storage(storage))
-    print_leaderboard(board.load(Storage(storage), query), console)
+    rows = board.load(Storage(storage), query)
+    if columns is not None:
+        rows = board.select(rows, [name.strip() for name in columns.split(",")])
+    if as_csv:
+        print(rows.to_csv(index=False), end="")
+    elif as_json:
+        print(rows.to_json(orient="records", date_format="iso", indent=1))
+    elif columns is not None:
+        cells = rows.astype(object).where(rows.notna(), "").map(str)
+        _print_columns([tuple(rows.columns), *cells.itertuples(index=False, name=None)])
+    else:
+        print_leaderboard(rows, console)
+
+
+@app.command()
+def reproduce(
+    job: Annotated[str, typer.Argument(help="A job key, or its first digits.")],
+    storage: StorageOption = "runs",
+    into: Annotated[
+        str | None, typer.Option(help="An empty folder to compute in, and to keep. Default: none.")
+    ] = None,
+    tolerance: Annotated[
+        float,
+        typer.Option(min=0, help="How far a number may be off; beyond 1, as a fraction of it."),
+    ] = 0.0,
+    executor: Annotated[
+        ExecutorName, typer.Option(help="inline: here, without Ray.")
+    ] = ExecutorName.inline,
+    address: Annotated[
+        str | None, typer.Option(help="Of a running Ray cluster.", envvar="RAY_ADDRESS")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that came with the model.")
+    ] = False,
+) -> None:
+    """Compute a result anew, every stage of it. Exit code 1: it differs by more than allowed."""
+    then = anew.find_row(Storage(storage), job)
+    spec = anew.job_of(then, trust_remote_code=trust_remote_code)
+    _print_line(f"{then['job_key'].iloc[0]}  {describe(spec)}")
+    backend: Executor = InlineExecutor() if executor == "inline" else RayExecutor(address)
+    with tempfile.TemporaryDirectory(prefix="prunefleet-") as scratch:
+        now = anew.run_anew(spec, Storage(into or f"{scratch}/storage"), backend)
+    if (now["status"] != "complete").any():
+        _print_error("failed", str(now["error"].iloc[0]))
+        raise typer.Exit(3)
+    compared = anew.compare(then, now, tolerance=tolerance)
+    lines = [
+        (one.name, _text(one.then), _text(one.now), "" if one.agrees else "differs")
+        for one in compared
+    ]
+    _print_columns([("", "then", "now", ""), *lines])
+    if any(one.counts and not one.agrees for one in compared):
+        explaining = [one.name for one in compared if not one.counts and not one.agrees]
+        if explaining:
+            _print_line(f"It was measured under another {', '.join(explaining)}. See --tolerance")
+        raise typer.Exit(1)
+    _print_line("Reproduced." if tolerance == 0 else f"Reproduced within {tolerance:g}.")
+
+
+@app.command()
+def gc(
+    storage: StorageOption = "runs",
+    delete: Annotated[bool, typer.Option("--delete", help="Do it; else only show.")] = False,
+    min_age: Annotated[float, typer.Option(min=0, help="Hours; what is younger stays.")] = 24.0,
+    keep: Annotated[
+        list[str] | None, typer.Option(help=f"A stage to keep: {', '.join(STAGES)}.")
+    ] = None,
+) -> None:
+    """Show what no result needs, and how large it is; with --delete, delete it. Rows stay."""
+    if unknown := set(keep or ()) - set(STAGES):
+        raise SpecError(f"--keep {unknown.pop()!r} is no stage. Known: {', '.join(STAGES)}")
+    place = Storage(storage)
+    found = garbage.survey(place, min_age_s=min_age * 3600, keep=keep or ())
+    lines = [(_size(one.size), ago(one.age_s), one.path, one.reason) for one in found.garbage]
+    if lines:
+        _print_columns([("size", "age", "what", "why"), *lines])
+    total = _size(sum(one.size for one in found.garbage))
+    _print_line(f"{len(found.garbage)} things nothing needs, {total}.")
+    if found.too_young:
+        _print_line(f"{found.too_young} more are younger than {min_age:g} hours: see --min-age.")
+    if found.alive:
+        _print_line(f"Jobs are running here ({found.alive[0]}): no stage is looked at.")
+    if found.unreadable:
+        _print_line(
+            f"The rows of {', '.join(found.unreadable[:3])} cannot be read, nor what they need: no "
+            "stage is looked at. Delete the files and run their sweep again."
+        )
+    if delete:
+        deleted = sum(garbage.delete(place, one) for one in found.garbage)
+        _print_line(f"Deleted {deleted} of {len(found.garbage)}.")
+    elif found.garbage:
+        _print_line("Nothing was deleted: see --delete.")
 
 
 @app.command()
@@ -461,7 +561,7 @@ def _print_findings(findings: list[Finding]) -> None:
 
 
 def _print_error(kind: str, text: str, *, style: str = "red") -> None:
-    line = f"[{style}]{kind}:[/{style}] {escape(text)}"
+    line = f"[{style}]{kind}:[/{style}] {escape(visible(text))}"
     errors.print(line, highlight=False, soft_wrap=True)
 
 
@@ -515,6 +615,18 @@ def _costs(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def _text(value: Any) -> str:
+    return "" if pd.isna(value) else f"{value:.10g}" if isinstance(value, float) else str(value)
+
+
+def _size(size: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
+
+
 def _print_columns(lines: Sequence[tuple[str, ...]]) -> None:
     """A header and its rows, aligned and never cut: a pipe has no width."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -524,7 +636,7 @@ def _print_columns(lines: Sequence[tuple[str, ...]]) -> None:
 
 
 def _print_line(line: str, *, style: str = "") -> None:
-    console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+    console.print(visible(line), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_rows(storage: Storage, keys: set[str]) -> None:

@@ -239,6 +239,16 @@ def wide(frame: pd.DataFrame) -> pd.DataFrame:
     return jobs.join(scores).rename_axis(columns=None).reset_index()
 
 
+def select(frame: pd.DataFrame, names: list[str]) -> pd.DataFrame:
+    """Some columns. Raises SpecError for one that there is not, with what was meant."""
+    for name in names:
+        if name not in frame:
+            near = difflib.get_close_matches(name, frame.columns, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise SpecError(f"no column {name!r}.{hint} Columns: {', '.join(frame.columns)}")
+    return frame[names]
+
+
 def compact(storage: Storage) -> int:
     """Gather all rows in one file, so that thousands of results load in under a second.
 
@@ -269,7 +279,7 @@ def discard_damaged(storage: Storage, keys: Collection[str]) -> list[str]:
     Returns:
         The paths of the files.
     """
-    versions, generation = storage.versions(ROWS), _newest_generation(storage)
+    versions, generation = storage.versions(ROWS), newest_generation(storage)
     suspects = [
         path
         for key, path in _visible(versions).items()
@@ -424,7 +434,7 @@ def _sha256_of_rows(table: pa.Table) -> str:
 
 
 @dataclass(frozen=True)
-class _Generation:
+class Generation:
     """The newest manifest: which files, in which version, one compact file stands for."""
 
     number: int = 0
@@ -437,7 +447,7 @@ class _Read:
     table: pa.Table
     inputs: dict[str, str]
     """The version of each file that the table's rows come from."""
-    generation: _Generation
+    generation: Generation
     is_compact: bool
     """The newest generation holds exactly these rows."""
 
@@ -450,7 +460,7 @@ def _read(storage: Storage) -> _Read:
     """All rows: from the compact file where it is up to date, from their own files otherwise."""
     versions = storage.versions(ROWS)
     visible = _visible(versions)
-    generation = _newest_generation(storage)
+    generation = newest_generation(storage)
     fresh = [key for key, path in visible.items() if generation.inputs.get(path) == versions[path]]
     compacted = _read_compact(storage, generation.file) if fresh else None
     if compacted is None:
@@ -568,17 +578,17 @@ def _conformed(table: pa.Table) -> pa.Table:
     return pa.table(columns | newer)
 
 
-def _newest_generation(storage: Storage) -> _Generation:
+def newest_generation(storage: Storage) -> Generation:
     """The newest manifest that can be read, under the highest number there is."""
     manifests = sorted(_generations(storage, "manifest"), reverse=True)
     highest = manifests[0][0] if manifests else 0
     for _, path in manifests:
         try:
             manifest = storage.read_json(path)
-            return _Generation(highest, str(manifest["file"]), dict(manifest["inputs"]))
+            return Generation(highest, str(manifest["file"]), dict(manifest["inputs"]))
         except (FileNotFoundError, StorageError, KeyError, TypeError, ValueError):
             continue
-    return _Generation(highest)
+    return Generation(highest)
 
 
 def _generations(storage: Storage, kind: Literal["manifest", "gen"]) -> list[tuple[int, str]]:

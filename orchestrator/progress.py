@@ -19,6 +19,7 @@ from jobs.errors import StorageError
 from jobs.result import JobResult
 from jobs.spec import JobSpec
 from jobs.storage import Storage
+from orchestrator.terminal import visible
 
 REFRESH_S = 1.0
 STALE_S = 600.0
@@ -78,6 +79,7 @@ class Progress:
 
     def _print_line(self, line: str, *, style: str = "") -> None:
         """As it stands: brackets in a path are no markup, and a pipe has no width to wrap at."""
+        line = visible(line)
         self.console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
 
     def _watch(self, live: Live | None) -> None:
@@ -98,7 +100,7 @@ class Progress:
         table = Table("job", "stage", "progress", title=title, title_justify="left", box=None)
         for key, beat in self._beats():
             words = (describe(self.jobs[key]), beat["stage"], _share(beat))
-            table.add_row(*map(escape, words))
+            table.add_row(*map(escape, map(visible, words)))
         return table
 
     def _beats(self) -> Iterator[tuple[str, dict[str, Any]]]:

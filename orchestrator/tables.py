@@ -15,6 +15,7 @@ from rich.console import Console
 
 from jobs.result import Weights
 from jobs.spec import DatasetSpec, RepairSpec
+from orchestrator.terminal import visible
 
 JOB_COLUMNS = (
     *("model", "method", "pattern", "allocation", "refine", "propagate"),
@@ -228,4 +229,4 @@ def _wrapped(words: list[str], width: int) -> Iterator[str]:
 
 
 def _print_line(line: str, console: Console, *, style: str = "") -> None:
-    console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+    console.print(visible(line), style=style, markup=False, highlight=False, soft_wrap=True)

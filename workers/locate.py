@@ -55,10 +55,10 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
             with file.open("rb") as opened:
                 length = int.from_bytes(opened.read(8), "little")
                 header = json.loads(opened.read(min(length, 100_000_000)))
-        except ValueError as error:
+            header.pop("__metadata__", None)
+            shapes |= {name: tuple(entry["shape"]) for name, entry in header.items()}
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ModelError(f"{file} is not a safetensors file: {error}") from error
-        header.pop("__metadata__", None)
-        shapes |= {name: tuple(entry["shape"]) for name, entry in header.items()}
     return shapes
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from jobs.errors import ModelError
@@ -122,7 +123,7 @@ def load_model(
             **options,
         )
         processor = auto_processor.from_pretrained(folder, **options)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelError(f"{folder} does not load: {error}") from error
     if report["missing_keys"] or report["mismatched_keys"]:
         raise ModelError(
