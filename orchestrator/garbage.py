@@ -1,6 +1,6 @@
 """What a storage holds that nothing needs: found and shown first, deleted only when asked to.
 
-Kept, always: rows; of every result its model (`export`) and the evaluations behind its scores;
+Kept, always: rows; of every result its model (`export`), evaluations and allocation;
 whatever a living job may use. A job says that it lives by its claims and its progress, but not
 which finished stages it is going to read: so while any job lives, no stage goes, and of the rest
 only what is older than a day. Whatever is younger than `min_age_s` stays, too.
@@ -25,6 +25,9 @@ from workers.keys import STAGES, TRAIN_FOLDER
 DAY_S = 86_400.0
 LIVES_WITHIN_S = 600.0
 """A claim is rewritten every few seconds, progress at least every block."""
+
+SMALL_STAGES = ("allocate", "evaluate")
+"""Kept with a result that came of them: the answers behind its scores, how a search went."""
 
 Files = dict[str, StoredFile]
 
@@ -135,16 +138,16 @@ def _needed_stages(storage: Storage) -> tuple[set[str], list[str]]:
     unreadable = leaderboard.published_keys(storage).keys() - set(frame["job_key"])
     needed = {"/".join(uri.split("/")[-3:]) for uri in frame["export"].dropna()}
     for stages in frame["stages"].dropna():
-        needed |= set(_evaluations(stages))
+        needed |= set(_small_stages(stages))
     return needed, sorted(unreadable)
 
 
-def _evaluations(stages: str) -> Iterator[str]:
+def _small_stages(stages: str) -> Iterator[str]:
     try:
         listed: Any = json.loads(stages)
         for stage in listed:
-            if stage["stage"] == "evaluate":
-                yield f"stages/evaluate/{stage['key']}"
+            if stage["stage"] in SMALL_STAGES:
+                yield f"stages/{stage['stage']}/{stage['key']}"
     except (ValueError, TypeError, KeyError, RecursionError):
         return  # the row itself is fine, and it is what counts
 
