@@ -9,16 +9,29 @@ class AllocationOptions(BaseModel):
     """What every allocation has: its name, and what it has to look at."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-    needs_data: ClassVar[bool] = True
-    needs_statistics: ClassVar[bool] = False
-    """Whether it reads the dense model's statistics, which the grid computes once."""
+    measure_options: ClassVar[frozenset[str] | None] = None
+    """Which options the scores depend on that it allocates by: the grid measures them once, for
+    all sparsities. None: it has no scores."""
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether it looks at calibration samples at all."""
+        return True
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether it reads the dense model's statistics, which the grid computes once."""
+        return False
 
 
 class UniformSpec(AllocationOptions):
     """Every layer of a tower gets the tower's sparsity."""
 
     name: Literal["uniform"] = "uniform"
-    needs_data: ClassVar[bool] = False
+
+    @property
+    def needs_data(self) -> bool:
+        return False
 
 
 class BudgetedSpec(AllocationOptions):
@@ -37,7 +50,11 @@ class OWLSpec(BudgetedSpec):
     """A product this many times the layer's mean is an outlier (the paper's M)."""
     spread: float = Field(default=0.08, ge=0, lt=0.5)
     """The sparsest and the densest block differ by twice this (the paper's lambda)."""
-    needs_statistics: ClassVar[bool] = True
+    measure_options: ClassVar[frozenset[str] | None] = frozenset({"outlier_multiple"})
+
+    @property
+    def needs_statistics(self) -> bool:
+        return True
 
 
 class ATPSpec(AllocationOptions):
@@ -45,10 +62,18 @@ class ATPSpec(AllocationOptions):
 
     name: Literal["atp"] = "atp"
     slope: float | Literal["search"] = "search"
-    """Sparsity added per block (the paper's beta). `search`: that of the least calibration loss."""
+    """Sparsity added per block (the paper's beta). `search`: that of the least calibration loss
+    after Wanda, in each tower."""
     num_slopes: int = Field(default=10, ge=2)
-    """How many slopes are tried, evenly spaced from 0 (uniform) to below the steepest there is."""
-    needs_statistics: ClassVar[bool] = True
+    """How many are tried, evenly spaced from 0 (uniform) to just below the steepest there is."""
+
+    @property
+    def needs_data(self) -> bool:
+        return self.slope == "search"
+
+    @property
+    def needs_statistics(self) -> bool:
+        return self.slope == "search"
 
 
 class ECoFLaPSpec(BudgetedSpec):
@@ -58,9 +83,12 @@ class ECoFLaPSpec(BudgetedSpec):
     noise: float = Field(default=1e-3, gt=0)
     """Standard deviation of the noise that is added to, and taken from, a layer's weights."""
     num_samples: int = Field(default=32, ge=1)
-    """Calibration samples whose loss is measured; at most as many as there are."""
+    """Calibration samples whose loss is measured; at most as many as calibration has."""
+    granularity: Literal["block", "layer"] = "block"
+    """`block`: the layers of a block add up their scores and share a sparsity."""
     cap: float = Field(default=0.1, gt=0)
     """No layer's sparsity is above the average by more than this."""
+    measure_options: ClassVar[frozenset[str] | None] = frozenset({"noise", "num_samples"})
 
 
 class ModuleDropSpec(BudgetedSpec):
@@ -69,6 +97,7 @@ class ModuleDropSpec(BudgetedSpec):
     name: Literal["module_drop"] = "module_drop"
     spread: float = Field(default=0.08, ge=0, lt=0.5)
     """The sparsest and the densest module differ by twice this."""
+    measure_options: ClassVar[frozenset[str] | None] = frozenset()
 
 
 class SlimLLaVASpec(BudgetedSpec):
@@ -109,7 +138,10 @@ class SlimLLaVASpec(BudgetedSpec):
     projector_steps: int = Field(default=20, ge=1)
     """Gradient steps of a tuning, each on one batch, the survivors' mean loss."""
     projector_learning_rate: float = Field(default=1e-5, gt=0)
-    needs_statistics: ClassVar[bool] = True
+
+    @property
+    def needs_statistics(self) -> bool:
+        return True
 
     @model_validator(mode="after")
     def _fits(self) -> "SlimLLaVASpec":
@@ -129,6 +161,6 @@ class SlimLLaVASpec(BudgetedSpec):
 
 
 AllocationSpec = Annotated[
-    UniformSpec | OWLSpec | SlimLLaVASpec,
+    UniformSpec | OWLSpec | ATPSpec | ECoFLaPSpec | ModuleDropSpec | SlimLLaVASpec,
     Field(discriminator="name"),
 ]

@@ -1,27 +1,38 @@
-"""How sparse each layer is to be: a score per layer, what to keep by it, the budget that it meets.
+"""How sparse each layer is to be: what each would like to keep, fitted to the budget.
 
-An allocation is a function `(Question) -> Answer`. It looks at the dense model only, so all methods
-share it; it names wishes, and `project` fits them to the budget, layer sizes respected.
+An allocation looks at the dense model only, so all methods share it. It names wishes; `project`
+meets the budget with them, layer sizes respected.
 
-Shape letters: O output features, I input features, L layers.
+Shape letters: L layers.
 """
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from jobs.allocation import AllocationOptions, OWLSpec, SlimLLaVASpec
-from jobs.errors import NumericError
-from jobs.spec import CalibrationSpec, PruneSpec, Tower
-from workers.context import Context
+from jobs.allocation import (
+    AllocationOptions,
+    ATPSpec,
+    BudgetedSpec,
+    ECoFLaPSpec,
+    ModuleDropSpec,
+    OWLSpec,
+    SlimLLaVASpec,
+)
+from jobs.errors import ModelError, NumericError
+from jobs.pattern import Target
+from jobs.spec import PruneSpec, Tower
+from workers.losses import Batch, answer_losses, mean_over_workers, pieces
+from workers.masks import keep_mask
 from workers.methods.wanda import wanda_saliency
 from workers.models import Layer, VisionLanguageModel
-from workers.prune import load_taps, statistics_file
+from workers.scores import Question, Scores, by_block
 
 ALLOCATION_FILE = "allocation.json"
 PROJECTOR_FILE = "projector.safetensors"
@@ -32,60 +43,37 @@ LEAST_SHARE = 0.1
 
 
 @dataclass(frozen=True)
-class Question:
-    """What an allocation may look at."""
-
-    model: VisionLanguageModel
-    """Dense. To be left as it was, bit for bit."""
-    spec: PruneSpec
-    calibration: CalibrationSpec
-    batches: Sequence[dict[str, Tensor]]
-    """This worker's calibration batches."""
-    statistics: Path | None
-    """The folder of the dense model's statistics, for those that need them."""
-    bank: Path | None
-    """The folder of the bank, for a search."""
-    seed: int
-    ctx: Context
-    key: str
-    """Of the stage, for its checkpoints."""
-    folder: Path
-    """Where this worker may leave files beside the answer; rank 0's are kept."""
-
-    @property
-    def layers(self) -> list[Layer]:
-        """Those to be pruned, in the order they run."""
-        return [
-            layer for layer in self.model.layers() if self.spec.sparsity.get(layer.tower, 0) > 0
-        ]
-
-
-@dataclass(frozen=True)
 class Answer:
     """What an allocation decided, the same on every worker."""
 
     sparsity: dict[str, float]
     """Fraction of zeros by layer name, in [0, 1)."""
-    scores: dict[str, float] | None
-    """What it was decided by, on the allocation's own scale; None where there is no score."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """What else a reader of `allocation.json` may want to know: slopes and their losses."""
 
 
-def allocate(question: Question) -> Answer:
+def allocate(question: Question, scores: Scores | None) -> Answer:
     """Decide each layer's sparsity. Every worker calls it, all get the same answer.
 
+    Args:
+        scores: of every layer to be pruned, for the allocations that go by scores.
+
     Raises:
-        NumericError: a score that is NaN or infinite, or a budget that cannot be met.
+        NumericError: a score or a loss that is NaN or infinite, a budget that cannot be met.
     """
+    if scores is not None:
+        return Answer(_by_scores(question, scores))
     return ALLOCATIONS[type(question.spec.allocation)](question)
 
 
-def save_allocation(answer: Answer, spec: PruneSpec, folder: Path) -> None:
+def save_allocation(answer: Answer, scores: Scores | None, spec: PruneSpec, folder: Path) -> None:
     """Write `allocation.json`."""
     content = {
         "allocation": spec.allocation.model_dump(mode="json"),
         "budget": spec.sparsity,
         "sparsity": answer.sparsity,
-        "scores": answer.scores or dict.fromkeys(answer.sparsity),
+        "scores": scores or dict.fromkeys(answer.sparsity),
+        "details": answer.details,
     }
     (folder / ALLOCATION_FILE).write_text(json.dumps(content, indent=1))
 
@@ -101,13 +89,16 @@ def load_allocation(folder: Path, model: VisionLanguageModel) -> dict[str, float
     return sparsity
 
 
+# ---- the budget ----
+
+
 def project(
     keep: Sequence[float],
     sizes: Sequence[int],
     budget: float,
     *,
-    low: Sequence[float],
-    high: Sequence[float],
+    low: float | Sequence[float],
+    high: float | Sequence[float] = 1.0,
 ) -> list[float]:
     """Fit wishes to a budget: every layer is moved by the same amount, then held to its bounds.
 
@@ -115,19 +106,20 @@ def project(
         keep: fraction of its weights that each layer would like to keep. Only differences count.
         sizes: weights in each layer.
         budget: fraction of all weights to keep.
-        low: the least that each layer may keep.
+        low: the least that each layer may keep, or all of them.
         high: the most.
 
     Returns:
-        clip(keep + c, low, high) with the c for which the sum of sizes * keep is the budget's, up
-        to rounding. Already within budget and bounds, the wishes come back as they are.
+        clip(keep + c, low, high) with the c for which the layers keep the budget together, up to
+        rounding.
 
     Raises:
         NumericError: a wish that is NaN or infinite, or bounds between which no budget like this
             lies.
     """
-    wish_L, low_L, high_L = (
-        torch.tensor(values, dtype=torch.float64) for values in (keep, low, high)
+    wish_L = torch.tensor(keep, dtype=torch.float64)
+    low_L, high_L = (
+        torch.as_tensor(bound, dtype=torch.float64).expand(len(keep)) for bound in (low, high)
     )
     share_L = torch.tensor(sizes, dtype=torch.float64) / sum(sizes)
     if not wish_L.isfinite().all():
@@ -138,117 +130,199 @@ def project(
             f"the layers' bounds allow keeping {least:.4f} to {most:.4f} of the weights, and "
             f"{budget:.4f} is asked for"
         )
-    below, above = float((low_L - wish_L).min()), float((high_L - wish_L).max())
-    for _ in range(200):  # halves until below and above are neighbours
-        middle = (below + above) / 2
+    too_little, enough = float((low_L - wish_L).min()), float((high_L - wish_L).max())
+    for _ in range(100):  # of halving: the two are neighbours by then
+        middle = (too_little + enough) / 2
         if float(share_L @ (wish_L + middle).clamp(low_L, high_L)) < budget:
-            below = middle
+            too_little = middle
         else:
-            above = middle
-    return [float(k) for k in (wish_L + above).clamp(low_L, high_L)]
+            enough = middle
+    return [float(k) for k in (wish_L + enough).clamp(low_L, high_L)]
 
 
-def _budgets(question: Question) -> list[list[Layer]]:
+def budgets(layers: Sequence[Layer], allocation: AllocationOptions) -> list[list[Layer]]:
     """The layers that share a budget: a tower's, or all."""
-    layers = question.layers
-    if getattr(question.spec.allocation, "budget", "tower") == "model":
-        return [layers]
+    if isinstance(allocation, BudgetedSpec) and allocation.budget == "model":
+        return [list(layers)]
     towers: dict[Tower, list[Layer]] = {}
     for layer in layers:
         towers.setdefault(layer.tower, []).append(layer)
     return list(towers.values())
 
 
-def _to_budget(
-    question: Question,
-    wishes: Callable[[list[Layer], float], Sequence[float]],
-    *,
-    cap: float = 1.0,
-) -> dict[str, float]:
-    """Each layer's sparsity, budget by budget.
+def _kept(layers: Sequence[Layer], asked: Mapping[Tower, float]) -> float:
+    """The fraction of their weights that the layers are to keep together."""
+    sizes = [layer.linear.weight.numel() for layer in layers]
+    zeros = [size * asked[layer.tower] for size, layer in zip(sizes, layers, strict=True)]
+    return 1 - sum(zeros) / sum(sizes)
 
-    Args:
-        wishes: of layers under one budget and of the fraction they keep together: what each would
-            like to keep.
-        cap: how far a layer's sparsity may be above that of its budget.
-    """
+
+def _to_budget(
+    layers: Sequence[Layer], wishes: Sequence[float], kept: float, *, low: float = 0.0
+) -> dict[str, float]:
+    """Each layer's sparsity: wishes for what to keep, fitted to what all keep together."""
+    sizes = [layer.linear.weight.numel() for layer in layers]
+    keeps = project(wishes, sizes, kept, low=max(low, LEAST_SHARE * kept))
+    return {layer.name: 1 - keep for layer, keep in zip(layers, keeps, strict=True)}
+
+
+# ---- by scores: OWL, ECoFLaP, module drop ----
+
+
+def _by_scores(question: Question, scores: Scores) -> dict[str, float]:
+    spec = question.spec.allocation
     sparsity: dict[str, float] = {}
-    for layers in _budgets(question):
-        sizes = [layer.linear.weight.numel() for layer in layers]
-        dropped = [question.spec.sparsity[layer.tower] for layer in layers]
-        kept = 1 - sum(n * s for n, s in zip(sizes, dropped, strict=True)) / sum(sizes)
-        low = max(kept - cap, LEAST_SHARE * kept)
-        keeps = project(
-            wishes(layers, kept),
-            sizes,
-            kept,
-            low=[low] * len(layers),
-            high=[1.0] * len(layers),
-        )
-        sparsity |= {layer.name: 1 - keep for layer, keep in zip(layers, keeps, strict=True)}
+    for layers in budgets(question.layers, spec):
+        kept = _kept(layers, question.spec.sparsity)
+        if isinstance(spec, ECoFLaPSpec):
+            low = max(0.0, kept - spec.cap)
+            wishes = in_proportion(layers, scores, kept, low=low, granularity=spec.granularity)
+            sparsity |= _to_budget(layers, wishes, kept, low=low)
+        else:
+            assert isinstance(spec, OWLSpec | ModuleDropSpec)
+            wishes = stretched([scores[layer.name] for layer in layers], 2 * spec.spread)
+            sparsity |= _to_budget(layers, wishes, kept)
     return sparsity
 
 
-# ---- OWL ----
-
-
-def owl(question: Question) -> Answer:
-    """Outlier-weighed sparsity: blocks with more outliers keep more.
-
-    A block's score is the percentage of its |weight| times input norm above M times their mean
-    (over all of its layers); what it keeps is the score, stretched to a range of 2 lambda.
-
-    Source: arXiv:2310.05175, section 3.2 and its code. There a block's mean is over blocks of equal
-    size and nothing is clipped; here `project` does both by the layers' sizes.
-    """
-    spec = question.spec.allocation
-    assert isinstance(spec, OWLSpec)
-    ratios = outlier_ratios(question, spec.outlier_multiple)
-
-    def wishes(layers: list[Layer], _: float) -> list[float]:
-        return stretched([ratios[layer.name] for layer in layers], 2 * spec.spread)
-
-    return Answer(_to_budget(question, wishes), ratios)
-
-
-def outlier_ratios(question: Question, multiple: float) -> dict[str, float]:
-    """Each layer's block's outliers, in percent."""
-    ratios: dict[str, float] = {}
-    for tower, index in _blocks(question):
-        salience = block_saliency(question, tower, index)
-        products = torch.cat([salience_OI.flatten() for salience_OI in salience.values()])
-        share = (products > multiple * products.mean()).double().mean()
-        ratios |= dict.fromkeys(salience, 100 * float(share))
-    return ratios
-
-
-def block_saliency(question: Question, tower: Tower, index: int) -> dict[str, Tensor]:
-    """|weight| times input norm of one block's layers, of the dense model. Float32, (O, I) each."""
-    assert question.statistics is not None
-    layers = {
-        layer.name: layer
-        for layer in question.layers
-        if (layer.tower, layer.block) == (tower, index)
-    }
-    saliency: dict[str, Tensor] = {}
-    for tap in load_taps(statistics_file(question.statistics, tower, index), layers, question.ctx):
-        statistics = tap.mixed(question.calibration)
-        assert statistics is not None
-        for layer in tap.layers:
-            saliency[layer.name] = wanda_saliency(layer.linear.weight, statistics.input_norm_I)
-    return saliency
-
-
-def _blocks(question: Question) -> list[tuple[Tower, int]]:
-    return list(dict.fromkeys((layer.tower, layer.block) for layer in question.layers))
-
-
 def stretched(scores: Sequence[float], width: float) -> list[float]:
-    """Scores shifted and scaled to [0, width]; all 0 where they are all equal."""
+    """Scores shifted and scaled to [0, width]; all 0 where they are all equal.
+
+    Source: OWL, arXiv:2310.05175, section 3.2. There the mean over blocks of equal size is then
+    shifted to the budget; here `project` does it, by size.
+    """
     low, high = min(scores), max(scores)
     if high == low:
         return [0.0] * len(scores)
     return [(score - low) / (high - low) * width for score in scores]
+
+
+def in_proportion(
+    layers: Sequence[Layer], scores: Scores, kept: float, *, low: float, granularity: str
+) -> list[float]:
+    """Every layer keeps `low`, and what remains is shared out in proportion to the scores.
+
+    A group's share is a number of weights, not a fraction: of two with one score the smaller keeps
+    the larger fraction. A group is a layer, or a block with its layers' scores added up.
+
+    Source: ECoFLaP's code. What a group cannot take it hands on in proportion there; `project`
+    hands it on in equal parts.
+    """
+    groups = by_block(layers) if granularity == "block" else [[layer] for layer in layers]
+    total = sum(scores[layer.name] for layer in layers)
+    num_weights = sum(layer.linear.weight.numel() for layer in layers)
+    wishes: dict[str, float] = {}
+    for group in groups:
+        size = sum(layer.linear.weight.numel() for layer in group)
+        score = sum(scores[layer.name] for layer in group)
+        part = score / total if total else size / num_weights
+        wishes |= dict.fromkeys(
+            (layer.name for layer in group), low + (kept - low) * num_weights * part / size
+        )
+    return [wishes[layer.name] for layer in layers]
+
+
+# ---- ATP ----
+
+
+@torch.no_grad()
+def atp(question: Question) -> Answer:
+    """Arithmetic progression over depth: each block is sparser than the one before by one step.
+
+    The step is given, or the one of the least calibration loss. A candidate is pruned by Wanda with
+    the dense model's statistics, which takes no pass of its own; towers take turns in the order
+    they run, each with those before it as they were decided.
+
+    Source: arXiv:2502.14770, section 3. There the method to be used prunes each candidate, and
+    perplexity decides; here all methods share one allocation.
+    """
+    spec = question.spec.allocation
+    assert isinstance(spec, ATPSpec)
+    towers = budgets(question.layers, spec)
+    if spec.slope != "search":
+        given = [_sloped(question, layers, spec.slope) for layers in towers]
+        return Answer({name: value for tower in given for name, value in tower.items()})
+    dense = {layer.name: layer.linear.weight.data for layer in question.layers}
+    sparsity: dict[str, float] = {}
+    details: dict[str, Any] = {}
+    try:
+        batches = list(pieces(question.batches()))
+        for layers in towers:
+            losses = _losses_by_slope(question, layers, batches, dense)
+            slope = min(losses, key=lambda each: (losses[each], each))
+            sparsity |= _sloped(question, layers, slope)
+            _prune_by_wanda(question, layers, sparsity, dense)
+            details[layers[0].tower] = {"slope": slope, "loss_by_slope": losses}
+    finally:
+        for layer in question.layers:
+            layer.linear.weight.data = dense[layer.name]
+    return Answer(sparsity, details)
+
+
+def steepest(sparsity: float, num_blocks: int) -> float:
+    """The largest step for which no block's sparsity leaves [0, 1]."""
+    return 2 * min(sparsity, 1 - sparsity) / (num_blocks - 1) if num_blocks > 1 else 0.0
+
+
+def progression(sparsity: float, slope: float, num_blocks: int) -> list[float]:
+    """Each block's sparsity: in steps of `slope`, `sparsity` on average."""
+    return [sparsity + slope * (index - (num_blocks - 1) / 2) for index in range(num_blocks)]
+
+
+def _sloped(question: Question, layers: Sequence[Layer], slope: float) -> dict[str, float]:
+    """A tower's sparsities under a slope.
+
+    Raises:
+        ModelError: a slope that would empty a block or fill it beyond its size.
+    """
+    tower = layers[0].tower
+    asked, num_blocks = question.spec.sparsity[tower], len(by_block(layers))
+    limit = steepest(asked, num_blocks)
+    if abs(slope) > limit:
+        raise ModelError(
+            f"grid.allocation: atp: slope {slope:g} takes the {tower} tower's {num_blocks} blocks "
+            f"out of [0, 1] at sparsity {asked:g}; at most {limit:g} does not"
+        )
+    by_index = progression(asked, slope, num_blocks)
+    wishes = [1 - by_index[layer.block] for layer in layers]
+    return _to_budget(layers, wishes, 1 - asked)
+
+
+def _losses_by_slope(
+    question: Question, layers: Sequence[Layer], batches: Sequence[Batch], dense: dict[str, Tensor]
+) -> dict[float, float]:
+    spec, ctx = question.spec.allocation, question.ctx
+    assert isinstance(spec, ATPSpec)
+    tower = layers[0].tower
+    limit = steepest(question.spec.sparsity[tower], len(by_block(layers)))
+    losses: dict[float, float] = {}
+    for number in range(spec.num_slopes):
+        slope = limit * number / spec.num_slopes
+        _prune_by_wanda(question, layers, _sloped(question, layers, slope), dense)
+        values = [
+            loss
+            for batch in batches
+            for loss in answer_losses(question.model.module, batch, ctx.device)
+        ]
+        losses[slope] = mean_over_workers(values, ctx, f"atp with slope {slope:g}")
+        ctx.progress(f"allocate {tower}", number + 1, spec.num_slopes)
+    return losses
+
+
+def _prune_by_wanda(
+    question: Question,
+    layers: Sequence[Layer],
+    sparsity: Mapping[str, float],
+    dense: Mapping[str, Tensor],
+) -> None:
+    for block in by_block(layers):
+        norms = question.input_norms(block[0].tower, block[0].block)
+        for layer in block:
+            weight_OI = dense[layer.name]
+            saliency_OI = wanda_saliency(weight_OI, norms[layer.name])
+            layer.linear.weight.data = weight_OI * keep_mask(
+                saliency_OI, Target(sparsity[layer.name])
+            )
 
 
 def _slimllava(question: Question) -> Answer:
@@ -258,6 +332,7 @@ def _slimllava(question: Question) -> Answer:
 
 
 ALLOCATIONS: dict[type[AllocationOptions], Callable[[Question], Answer]] = {
-    OWLSpec: owl,
+    ATPSpec: atp,
     SlimLLaVASpec: _slimllava,
 }
+"""Those that do not go by scores."""

@@ -14,6 +14,7 @@ from jobs.spec import JobSpec, content_key, settings_of
 CODE_EPOCHS = {
     "statistics": 2,
     "bank": 2,
+    "score": 1,
     "allocate": 1,
     "prune": 3,
     "teacher": 1,
@@ -37,6 +38,8 @@ class StageKeys:
     choice among the visual tokens (atv) has its own."""
     bank: str | None
     """Every layer at every ratio, shared by all searches among them."""
+    score: str | None
+    """What each layer is worth. None for allocations that do not go by scores."""
     allocate: str | None
     """How sparse each layer is to be. None where all of a tower get the tower's sparsity."""
     prune: str | None
@@ -53,7 +56,8 @@ class StageKeys:
         dense = content_key([job.model.fingerprint, job.model.dtype])
         statistics = _statistics_key(job, dense)
         bank = _bank_key(job, dense, statistics)
-        allocate = _allocate_key(job, dense, statistics, bank)
+        score = _score_key(job, dense, statistics)
+        allocate = _allocate_key(job, dense, statistics, bank, score)
         prune = _prune_key(job, dense, statistics, allocate)
         teacher = _teacher_key(job, dense)
         repair = None
@@ -67,11 +71,11 @@ class StageKeys:
             if key is not None
             for spec in job.evaluate
         }
-        return cls(statistics, bank, allocate, prune, teacher, repair, evaluate)
+        return cls(statistics, bank, score, allocate, prune, teacher, repair, evaluate)
 
     def all(self) -> list[tuple[str, str]]:
         """(stage, key) of every stage of the job, in the order they run."""
-        names = ("statistics", "bank", "allocate", "prune", "teacher", "repair")
+        names = ("statistics", "bank", "score", "allocate", "prune", "teacher", "repair")
         single = [(name, getattr(self, name)) for name in names]
         return [pair for pair in single if pair[1]] + [
             ("evaluate", key) for key in self.evaluate.values()
@@ -106,12 +110,22 @@ def _bank_key(job: JobSpec, dense: str, statistics: str | None) -> str | None:
     return _key("bank", asked | grid | _looked_at(job), dense, statistics)
 
 
-def _allocate_key(job: JobSpec, dense: str, statistics: str | None, bank: str | None) -> str | None:
+def _score_key(job: JobSpec, dense: str, statistics: str | None) -> str | None:
+    """Free of the sparsities, so that all share the scores; not of which towers are pruned."""
+    if job.prune is None or job.prune.allocation.measure_options is None:
+        return None
+    measured_by = {"name"} | job.prune.allocation.measure_options
+    options = job.prune.allocation.model_dump(mode="json", include=measured_by)
+    settings = {"allocation": options, "towers": sorted(job.prune.sparsity)}
+    return _key("score", settings | _looked_at(job), dense, statistics)
+
+
+def _allocate_key(job: JobSpec, dense: str, *inputs: str | None) -> str | None:
     """Free of the method, so that all methods share an allocation; but what is searched is not."""
     if job.prune is None or isinstance(job.prune.allocation, UniformSpec):
         return None
     asked = {name: settings_of(job.prune)[name] for name in ("allocation", "sparsity")}
-    return _key("allocate", asked | _looked_at(job), dense, statistics, bank)
+    return _key("allocate", asked | _looked_at(job), dense, *inputs)
 
 
 def _looked_at(job: JobSpec) -> dict[str, Any]:

@@ -5,6 +5,7 @@ a grid computes what its jobs share once, and a job that was killed goes on wher
 
     statistics   of the dense model's inputs; only where the method or the allocation reads them
     bank         every layer pruned at every ratio; only where an allocation searches among them
+    score        what each layer is worth; only where the allocation goes by that
     allocate     how sparse each layer is to be; only where that differs within a tower
     prune        a model folder with zeros, masks, a report per layer: exported as it stands
     teacher      the dense model's answers on the repair data; only where the repair distils
@@ -29,7 +30,7 @@ from jobs.errors import PrunefleetError, known
 from jobs.result import JobResult, Score, Weights
 from jobs.spec import BenchmarkSpec, JobSpec, PruneSpec, RepairSpec, content_key
 from jobs.storage import Storage
-from workers.allocate import Question, allocate, load_allocation, save_allocation
+from workers.allocate import allocate, load_allocation, save_allocation
 from workers.bank import build_bank
 from workers.calibrate import calibration_batches
 from workers.context import Context
@@ -47,6 +48,7 @@ from workers.prune import (
     prune_sequentially,
     save_report,
 )
+from workers.scores import Question, load_scores, measure, save_scores
 from workers.search import ratio_grid
 from workers.stages import Stage, run_stage
 from workers.teacher import TARGETS_FILE, dense_targets, load_targets, save_targets
@@ -157,28 +159,51 @@ class _Job:
         """Each layer's sparsity, by the dense model: one for all methods."""
         key = _there(self.keys.allocate)
         bank = self._bank(spec, statistics) if self.keys.bank and statistics else None
+        scored = self._score(spec, statistics) if self.keys.score else None
 
         def build(folder: Path) -> dict[str, Any]:
-            model = self._load(self.folder)
-            check_shapes(model, spec)
-            question = Question(
-                model=model,
-                spec=spec,
-                calibration=self.job.calibration,
-                batches=self._batches(model),
-                statistics=statistics.folder if statistics else None,
-                bank=bank.folder if bank else None,
-                seed=self.job.seed,
-                ctx=self.ctx,
-                key=key,
-                folder=folder,
-            )
-            answer = allocate(question)
+            question = self._question(spec, statistics, key, folder, bank)
+            scores = load_scores(scored.folder) if scored else None
+            answer = allocate(question, scores)
             if self.ctx.rank == 0:
-                save_allocation(answer, spec, folder)
+                save_allocation(answer, scores, spec, folder)
             return {}
 
         return self._run("allocate", key, build)
+
+    def _score(self, spec: PruneSpec, statistics: Stage | None) -> Stage:
+        """What each layer is worth: one for all sparsities and methods."""
+        key = _there(self.keys.score)
+
+        def build(folder: Path) -> dict[str, Any]:
+            scores = measure(self._question(spec, statistics, key, folder))
+            if self.ctx.rank == 0:
+                save_scores(scores, folder)
+            return {}
+
+        return self._run("score", key, build)
+
+    def _question(
+        self,
+        spec: PruneSpec,
+        statistics: Stage | None,
+        key: str,
+        folder: Path,
+        bank: Stage | None = None,
+    ) -> Question:
+        model = self._load(self.folder)
+        check_shapes(model, spec)
+        return Question(
+            model=model,
+            spec=spec,
+            calibration=self.job.calibration,
+            statistics=statistics.folder if statistics else None,
+            bank=bank.folder if bank else None,
+            seed=self.job.seed,
+            ctx=self.ctx,
+            key=key,
+            folder=folder,
+        )
 
     def _bank(self, spec: PruneSpec, statistics: Stage) -> Stage:
         """Every layer at every ratio: one for all searches among them."""
@@ -403,7 +428,8 @@ def _costs(stages: list[Stage]) -> dict[str, Any]:
             parts[part] += stage.seconds.get(part, 0.0)
             rest -= stage.seconds.get(part, 0.0)
         own[stage.name] += rest
-    seconds = parts | {name: own[name] for name in ("allocate", "prune", "evaluate")}
+    seconds = parts | {name: own[name] for name in ("prune", "evaluate")}
+    seconds["allocate"] = own["score"] + own["allocate"]
     seconds["repair"] = own["repair"] + own["teacher"]
     seconds["calibrate"] += own["statistics"]
     seconds["allocate"] += own["bank"]

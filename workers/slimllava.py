@@ -21,11 +21,12 @@ from jobs.allocation import OWLSpec, SlimLLaVASpec
 from jobs.crash import crash_point
 from jobs.errors import DataError, ModelError, NumericError
 from jobs.spec import Tower
-from workers.allocate import PROJECTOR_FILE, Answer, Question, owl
+from workers.allocate import PROJECTOR_FILE, Answer, allocate
 from workers.bank import Bank
 from workers.context import Context
 from workers.encode import IGNORED_LABEL, Encoded, Encoder, collate
 from workers.models import Layer, VisionLanguageModel
+from workers.scores import Question, measure
 from workers.search import Gene, Genome, Part, SearchSpace, State, ratio_grid, search
 from workers.teacher import answer_logits
 
@@ -64,7 +65,7 @@ def slimllava(question: Question) -> Answer:
         _write_history(space, spec, last, question.folder)
         if judge.projector:
             save_file(judge.projector, question.folder / PROJECTOR_FILE)
-    return Answer(space.sparsity(last.best[0].genome), None)
+    return Answer(space.sparsity(last.best[0].genome))
 
 
 def search_space(
@@ -95,8 +96,9 @@ def search_space(
 
 def _owl(question: Question, spec: SlimLLaVASpec) -> dict[str, float]:
     """What OWL would answer."""
-    asked = question.spec.model_copy(update={"allocation": OWLSpec(budget=spec.budget)})
-    return owl(replace(question, spec=asked)).sparsity
+    as_owl = question.spec.model_copy(update={"allocation": OWLSpec(budget=spec.budget)})
+    asked = replace(question, spec=as_owl)
+    return allocate(asked, measure(asked)).sparsity
 
 
 def _by_gene(space: SearchSpace, sparsity: dict[str, float]) -> list[float]:
