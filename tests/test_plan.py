@@ -107,6 +107,24 @@ def test_a_pattern_with_a_sparsity_for_each_tower_contradicts_itself() -> None:
     assert points(jobs) == [("wanda", "unstructured", {"vision": 0.4}, False)]
 
 
+def test_a_pattern_allocates_nothing() -> None:
+    """Every layer has its sparsity. An exclude of the pair, as the error tells it, is a way out."""
+    grid = (
+        "{method: wanda, pattern: [2:4, unstructured], sparsity: 0.5, allocation: [uniform, owl]}"
+    )
+
+    with pytest.raises(SpecError, match=r"pattern 2:4 with allocation owl: the pattern gives") as e:
+        planned(grid=grid)
+
+    jobs = planned(grid=grid, exclude=e.value.message[e.value.message.index("{pattern") :])
+    left = [(job.prune.pattern, job.prune.allocation.name) for job in jobs if job.prune]
+    assert left == [("2:4", "uniform"), ("unstructured", "uniform"), ("unstructured", "owl")]
+    assert [describe(job) for job in jobs[2:]] == [
+        "wanda unstructured vision+language 0.5",
+        "wanda unstructured vision+language 0.5 owl",
+    ]
+
+
 def test_an_unstructured_grid_needs_a_sparsity() -> None:
     with pytest.raises(SpecError, match="`sparsity` is missing, and pattern unstructured needs"):
         planned(grid="{method: wanda}")
@@ -272,6 +290,12 @@ NUMBERS = [
     {"grid": "{method: wanda, sparsity: 0.6}"},
     {"grid": "{method: wanda, pattern: 2:4}"},
     {"grid": "{method: wanda, pattern: 4:8}"},
+    {"grid": "{method: wanda, sparsity: 0.5, allocation: owl}"},
+    {"grid": "{method: wanda, sparsity: 0.5, allocation: {name: owl, spread: 0.1}}"},
+    {"grid": "{method: wanda, sparsity: 0.5, allocation: {name: owl, budget: model}}"},
+    {"grid": "{method: wanda, sparsity: 0.5, allocation: ecoflap}"},
+    {"grid": "{method: wanda, sparsity: 0.5, allocation: {name: ecoflap, noise: 0.01}}"},
+    {"grid": "{method: wanda, sparsity: 0.5, allocation: {name: atp, slope: 0.01}}"},
     {"grid": "{method: wanda, sparsity: 0.5, towers: language}"},
     {"repair": LORA},
     {"repair": "{num_steps: 2, batch_size: 2, learning_rate: 0.1}"},
@@ -597,6 +621,43 @@ def test_dense_statistics_are_not_shared_by_other_samples() -> None:
     )
 
     assert len({StageKeys.of(job).statistics for job in jobs[1:]}) == 4
+
+
+def test_scores_are_one_for_all_sparsities_and_allocations_for_all_methods() -> None:
+    """The costly part of a grid of allocations is paid once, whatever calibration propagates."""
+    jobs = planned(
+        calibration="[{num_samples: 4}, {num_samples: 4, propagate: dense}]",
+        grid="{method: [magnitude, wanda], sparsity: [0.5, 0.7], "
+        "allocation: [owl, {name: owl, spread: 0.1}, {name: ecoflap, cap: 0.2}, ecoflap]}",
+    )
+
+    keys = [StageKeys.of(job) for job in jobs[1:]]
+    assert len(keys) == 2 * 2 * 2 * 4
+    assert len({key.score for key in keys}) == 2
+    assert len({key.allocate for key in keys}) == 2 * 4
+    assert len({key.prune for key in keys}) == len(keys)
+    assert len({key.statistics for key in keys} - {None}) == 1
+
+
+def test_scores_are_not_shared_by_other_layers_samples_or_seeds() -> None:
+    jobs = planned(
+        calibration="[{num_samples: 4}, {num_samples: 5}]",
+        grid="{method: wanda, sparsity: 0.5, towers: [all, language], allocation: ecoflap}",
+        seed="[0, 1]",
+    )
+
+    assert len({StageKeys.of(job).score for job in jobs[1:]}) == 2 * 2 * 2
+
+
+def test_a_slope_that_is_given_needs_no_data() -> None:
+    """With magnitude then nothing does: the seed makes no second job."""
+    grid = "{method: magnitude, sparsity: 0.5, allocation: {name: atp, slope: 0.01}}"
+
+    job = only(planned(grid=grid))
+
+    assert not job.is_calibrated
+    assert StageKeys.of(job).statistics is None
+    assert len(planned(grid=grid, seed="[0, 1]")) == 2
 
 
 def test_a_shared_stage_is_the_shared_stage_of_another_sweep() -> None:

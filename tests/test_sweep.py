@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jobs
+from jobs.allocation import AllocationSpec
 from jobs.methods import MagnitudeSpec, MethodSpec, SparseGPTSpec, WandaSpec
 from jobs.spec import DatasetSpec, RepairSpec
 from jobs.sweep import MAX_FILE_BYTES, SweepError, SweepSpec, parse_sweep, read_sweep
@@ -80,6 +81,9 @@ KEYS = ", ".join(sorted(SweepSpec.model_fields))
 METHODS = ", ".join(
     sorted(method.model_fields["name"].default for method in get_args(get_args(MethodSpec)[0]))
 )
+ALLOCATIONS = ", ".join(
+    sorted(spec.model_fields["name"].default for spec in get_args(get_args(AllocationSpec)[0]))
+)
 WANDA_KEYS = ", ".join(sorted(WandaSpec.model_fields))
 DATASETS = "easy-vqa, easy-vqa-open, llava, python-docs, text, vqa"
 FRACTION = "a sparsity is a fraction of zeros, from 0 up to but not 1"
@@ -105,6 +109,20 @@ MISTAKES = {
     "option of another method": (
         {"grid": "{method: {name: wanda, damping: 0.1}, sparsity: 0.5}"},
         f"grid.method.damping: unknown key 'damping'. Known: {WANDA_KEYS}",
+    ),
+    "allocation": (
+        {"grid": "{method: wanda, sparsity: 0.5, allocation: [uniform, owls]}"},
+        f"grid.allocation[1]: unknown allocation 'owls'. Did you mean 'owl'? Known: {ALLOCATIONS}",
+    ),
+    "allocation option": (
+        {"grid": "{method: wanda, sparsity: 0.5, allocation: {name: owl, lambda: 0.1}}"},
+        "grid.allocation.lambda: unknown key 'lambda'. "
+        "Known: budget, name, outlier_multiple, spread",
+    ),
+    "allocation without a name": (
+        {"grid": "{method: wanda, sparsity: 0.5, allocation: {slope: 0.1}}"},
+        "grid.allocation: got dict; an allocation is a name, or a mapping with `name` and its "
+        "options",
     ),
     "method without a name": (
         {"grid": "{method: {damping: 0.1}, sparsity: 0.5}"},
