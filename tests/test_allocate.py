@@ -204,7 +204,7 @@ def question_of(
     statistics = folder / "statistics"
     statistics.mkdir(exist_ok=True)
     batches = calibration_batches(model, calibration, 0, ctx)
-    collect_dense_statistics(model, batches, ctx, statistics)
+    collect_dense_statistics(model, calibration, batches, ctx, statistics)
     ctx.barrier()
     asked = {tower: ASKED[tower] for tower in model.towers}
     spec = PruneSpec(method=MagnitudeSpec(), sparsity=asked)
@@ -213,6 +213,7 @@ def question_of(
         spec=spec,
         calibration=calibration,
         statistics=statistics,
+        bank=None,
         seed=0,
         ctx=ctx,
         key="k",
