@@ -33,6 +33,7 @@ from orchestrator.executors import Executor, InlineExecutor, RayExecutor
 from orchestrator.findings import Finding
 from orchestrator.history import draw_history
 from orchestrator.plan import shared_stages
+from orchestrator.plot import draw, figure_of
 from orchestrator.progress import STALE_S, Progress, describe
 from orchestrator.resolved import find_sweep, jobs_of, known_sweeps, write_resolved
 from orchestrator.status import JobStatus, ago, exit_code, summary, sweep_status
@@ -450,6 +451,27 @@ def history(
     with tempfile.TemporaryDirectory(prefix="prunefleet-") as scratch:
         folder = place.fetch_folder(stage_path("allocate", key), Path(scratch))
         draw_history(json.loads((folder / "history.json").read_text()), to)
+    _print_line(f"{to} is drawn")
+
+
+@app.command()
+def plot(
+    query: Annotated[
+        str | None, typer.Argument(help="Which rows, as for `leaderboard`; default: all.")
+    ] = None,
+    *,
+    to: Annotated[Path, typer.Option(help="A file that ends in .png or .svg.")],
+    x: Annotated[str, typer.Option(help="A column, or an expression of columns.")] = "sparsity",
+    line: Annotated[
+        str | None, typer.Option(help="A line for each of its values; a column or an expression.")
+    ] = None,
+    weights: Annotated[str, typer.Option(help="pruned or repaired.")] = "pruned",
+    benchmark: Annotated[str | None, typer.Option(help="If there are several.")] = None,
+    storage: StorageOption = "runs",
+) -> None:
+    """Draw scores against a column of the leaderboard, with their 95% intervals."""
+    rows = board.load(Storage(storage), query)
+    draw(figure_of(rows, x=x, line=line, weights=weights, benchmark=benchmark), to)
     _print_line(f"{to} is drawn")
 
 

@@ -56,8 +56,9 @@ class StageKeys:
         dense = content_key([job.model.fingerprint, job.model.dtype])
         statistics = _statistics_key(job, dense)
         bank = _bank_key(job, dense, statistics)
-        score = _score_key(job, dense, statistics)
-        allocate = _allocate_key(job, dense, statistics, bank, score)
+        read = statistics if job.prune and job.prune.allocation.needs_statistics else None
+        score = _score_key(job, dense, read)
+        allocate = _allocate_key(job, dense, read, bank, score)
         prune = _prune_key(job, dense, statistics, allocate)
         teacher = _teacher_key(job, dense)
         repair = None
