@@ -193,6 +193,27 @@ def test_a_damaged_stage_is_computed_again_and_said_so(place: Place) -> None:
     assert "computed again" in result.facts["warnings"]
 
 
+def test_scores_are_measured_once_and_told_per_layer_with_what_was_reached(place: Place) -> None:
+    """Two sparsities, one measurement; `pruning.json` lies beside the exported model."""
+    changes = {'pattern: "2:4"': "sparsity: [0.5, 0.6], allocation: module_drop"}
+    jobs = [job for job in place.jobs("magnitude", **changes) if job.prune and not job.repair]
+
+    results = [run_job(job, place.context(job)) for job in jobs]
+
+    assert [stages_of(result.facts)[1:4] for result in results] == [
+        [("score", False), ("allocate", False), ("prune", False)],
+        [("score", True), ("allocate", False), ("prune", False)],
+    ]
+    assert results[0].facts["seconds_allocate"] > 0
+    assert results[1].facts["sparsity_language"] == pytest.approx(0.6, abs=1e-3)
+    key = StageKeys.of(jobs[1]).prune
+    assert key is not None
+    report = place.folder / "storage" / stage_path("prune", key) / "pruning.json"
+    layers = json.loads(report.read_text())["layers"]
+    assert len({layer["asked"] for layer in layers}) > 2
+    assert all(layer["sparsity"] == pytest.approx(layer["asked"], abs=1e-3) for layer in layers)
+
+
 def test_dense_statistics_are_computed_once_for_a_grid(place: Place) -> None:
     """Wanda and SparseGPT solve from one file; neither runs a calibration pass of its own."""
     changes = {"num_samples: 6": "num_samples: 6, propagate: dense"}
