@@ -14,7 +14,6 @@ import pandas as pd
 from rich.console import Console
 
 from jobs.result import Weights
-from jobs.spec import DatasetSpec, RepairSpec
 from orchestrator.terminal import visible
 
 JOB_COLUMNS = (
@@ -38,10 +37,8 @@ def print_leaderboard(frame: pd.DataFrame, console: Console) -> None:
         for row in rows.to_dict("records"):
             by_job.setdefault(row["job_key"], []).append(row)
         jobs = [_cells(its) for its in by_job.values()]
-        labels = _repair_labels(list(by_job.values()))
-        jobs = [cells | {"repair": label} for cells, label in zip(jobs, labels, strict=True)]
         firsts = [rows[0] for rows in by_job.values()]
-        for part in ("method", "allocation"):
+        for part in ("method", "allocation", "repair"):
             named = _named_apart(firsts, part)
             jobs = [cells | {part: label} for cells, label in zip(jobs, named, strict=True)]
         _print_table(f"{benchmark}, {metric}", jobs, console)
@@ -103,13 +100,14 @@ def _cells(rows: list[Row]) -> dict[str, str]:
         "repair": _text(job["repair"]),
         "seed": _text(job["seed"]),
         **{weights: scores.get(weights, "") for weights in get_args(Weights)},
+        "recovered": _recovered({row["weights"]: row for row in rows}),
         "time": _duration(job["seconds_total"]),
         "job": job["job_key"][:8],
     }
 
 
 def _named_apart(jobs: Sequence[Row], part: str) -> list[str]:
-    """Each job's method or allocation, and the options in which those of its name differ.
+    """Each job's method, allocation or repair, and the options in which those of its name differ.
 
     A value that most of them have goes unsaid: the others are the variants.
     """
@@ -121,7 +119,7 @@ def _named_apart(jobs: Sequence[Row], part: str) -> list[str]:
         for option, value in its.items():
             counts = Counter(json.dumps(each.get(option)) for each in alike)
             if len(counts) > 1 and 2 * counts[json.dumps(value)] <= len(alike):
-                name += f" {option} {value}"
+                name += f" {option}" if value is True else f" {option} {_option(value)}"
         labels.append(name)
     return labels
 
@@ -129,46 +127,21 @@ def _named_apart(jobs: Sequence[Row], part: str) -> list[str]:
 def _options(job: Row, part: str) -> dict[str, Any]:
     """Out of the row's settings; empty for the dense model, or a row of another version."""
     try:
-        options: dict[str, Any] = json.loads(job["job"])["prune"][part]
+        settings = json.loads(job["job"])
+        options: dict[str, Any] = dict(
+            settings[part] if part == "repair" else settings["prune"][part]
+        )
     except (KeyError, TypeError, ValueError):
         return {}
-    return {name: value for name, value in options.items() if name != "name"}
+    return {name: value for name, value in options.items() if name not in ("name", "method")}
 
 
-def _repair_labels(jobs: Sequence[list[Row]]) -> list[str]:
-    """Each job's repair: its method, and what tells it from the other repairs by that method.
-
-    A setting at its default is left out: of two that differ in it, one has it named.
-    """
-    specs = [_repair_spec(rows[0]["job"]) for rows in jobs]
-    labels = []
-    for rows, spec in zip(jobs, specs, strict=True):
-        words = [_text(rows[0]["repair"])]
-        alike = [each for each in specs if each and spec and each.method == spec.method]
-        for name, field in RepairSpec.model_fields.items() if spec else ():
-            values = [getattr(each, name) for each in alike]
-            value = getattr(spec, name)
-            if value != field.default and any(other != value for other in values):
-                words.append(name if value is True else f"{name} {_setting(value)}")
-        labels.append(" ".join(words))
-    return labels
-
-
-def _repair_spec(job: Any) -> RepairSpec | None:
-    """Out of the row's settings; None of a row without, or of another version's."""
-    try:
-        settings = json.loads(job).get("repair")
-        return RepairSpec.model_validate(settings) if settings else None
-    except (TypeError, ValueError):
-        return None
-
-
-def _setting(value: Any) -> str:
-    if isinstance(value, DatasetSpec):
-        return value.label
+def _option(value: Any) -> str:
+    """As in YAML, but without spaces; of a dataset what it is and where."""
     if isinstance(value, dict):
-        return ",".join(f"{name}:{each}" for name, each in value.items())
-    return _text(value)
+        known = {name: each for name, each in value.items() if each and name != "fingerprint"}
+        return ",".join(f"{name}:{each}" for name, each in known.items())
+    return str(value)
 
 
 def _text(value: Any) -> str:
@@ -185,6 +158,17 @@ def _score(row: Row) -> str:
         return f"{score:.{decimals}f}"
     half = (row["score_high"] - row["score_low"]) / 2
     return f"{score:.{decimals}f} ±{half:.{decimals}f}"
+
+
+def _recovered(rows: dict[str, Row]) -> str:
+    """What repair gave back of what pruning took; nothing where that is within the interval."""
+    if len(rows) < len(get_args(Weights)):
+        return ""
+    lost = rows["dense"]["score"] - rows["pruned"]["score"]
+    half = (rows["pruned"]["score_high"] - rows["pruned"]["score_low"]) / 2
+    if lost == 0 or abs(lost) < half:
+        return ""
+    return f"{(rows['repaired']['score'] - rows['pruned']['score']) / lost:.0%}"
 
 
 def _sparsity(asked: float, counted: float) -> str:

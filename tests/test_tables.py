@@ -51,9 +51,9 @@ def test_a_table_says_once_what_all_jobs_share_and_aligns_the_rest():
     assert printed(frame("wide"), width=100, terminal=True) == [
         "easy-vqa, exact_match",
         "model demo  pattern unstructured  language 0.5→0.500  seed 0  dense 0.812 ±0.020",
-        "method     repair       pruned        repaired  time   job",
-        "sparsegpt  sparse_lora  0.500 ±0.025  0.750     2.0 h  aaaaaaaa",
-        "wanda      none         0.500 ±0.025            61 s   bbbbbbbb",
+        "method     repair       pruned        repaired  recovered  time   job",
+        "sparsegpt  sparse_lora  0.500 ±0.025  0.750     80%        2.0 h  aaaaaaaa",
+        "wanda      none         0.500 ±0.025                       61 s   bbbbbbbb",
         "",
         "1 failed",
         "cccccccc  demo wanda 0.5 unstructured  numeric: [7 x 7] is singular",
@@ -65,8 +65,8 @@ def test_a_narrow_terminal_gets_two_lines_a_job_and_loses_nothing():
 
     assert lines[3:7] == [
         "sparsegpt  sparse_lora",
-        "  pruned 0.500 ±0.025  repaired 0.750  time 2.0 h",
-        "  job aaaaaaaa",
+        "  pruned 0.500 ±0.025  repaired 0.750",
+        "  recovered 80%  time 2.0 h  job aaaaaaaa",
         "wanda  none",
     ]
     assert all(len(line) <= 50 for line in lines[:-1])
@@ -78,7 +78,7 @@ def test_a_pipe_gets_whole_plain_lines():
 
     assert lines[1].startswith("model demo")
     assert lines[1].endswith("dense 0.812 ±0.020")
-    assert "wanda      none         0.500 ±0.025            61 s   bbbbbbbb" in lines
+    assert "wanda      none         0.500 ±0.025                       61 s   bbbbbbbb" in lines
     assert not any("\x1b" in line for line in lines)
 
 
@@ -103,11 +103,12 @@ def test_a_sparsity_that_was_not_counted_is_a_question_mark():
 
 
 def test_two_recipes_by_one_method_are_told_apart_by_what_differs():
-    """The rank is said where it is not the default; what both share is not."""
+    """What most share is not said: of three by sparse_lora, the third is the variant."""
     recipes = {
         "a": RepairSpec(num_steps=3),
         "b": RepairSpec(num_steps=3, rank={"vision": 4, "language": 8}, ressa_compat=True),
         "c": RepairSpec(num_steps=3, method="norms"),
+        "d": RepairSpec(num_steps=3, learning_rate=0.5),
     }
     place = Storage("memory://recipes")
     for key, spec in recipes.items():
@@ -117,34 +118,22 @@ def test_two_recipes_by_one_method_are_told_apart_by_what_differs():
 
     lines = printed(leaderboard.load(place), width=100, terminal=True)
 
-    assert lines[3:6] == [
-        "norms                                              0.812 ±0.020  cccccccc",
-        "sparse_lora                                        0.812 ±0.020  aaaaaaaa",
-        "sparse_lora rank vision:4,language:8 ressa_compat  0.812 ±0.020  bbbbbbbb",
+    assert [line.split("  ")[0] for line in lines[3:7]] == [
+        "norms",
+        "sparse_lora",
+        "sparse_lora rank vision:4,language:8 ressa_compat",
+        "sparse_lora learning_rate 0.5",
     ]
 
 
-def test_variants_of_one_name_are_told_apart_by_the_options_in_which_they_differ():
-    """Two of three searches share eta and early_samples: only what is unusual is said."""
-    place = Storage("memory://variants")
-    options = [
-        {"name": "slimllava", "eta": None, "step": 0.05, "projector_every": 5},
-        {"name": "slimllava", "eta": 0.0, "step": 0.05, "projector_every": 5},
-        {"name": "slimllava", "eta": None, "step": 0.05, "projector_every": 0},
-    ]
-    for key, allocation in zip("abc", options, strict=True):
-        prune = {"method": {"name": "wanda"}, "allocation": allocation}
-        leaderboard.publish(
-            place,
-            {"method": "wanda", "allocation": "slimllava", "job": json.dumps({"prune": prune})},
-            JobResult(key * 16, "complete", (DENSE,)),
-        )
+def test_a_loss_within_its_interval_has_no_share_that_came_back():
+    """Half of nothing is nothing: 0.01 lost, known to 0.02."""
+    place = Storage("memory://noise")
+    pruned = Score("pruned", "easy-vqa", "exact_match", 0.8025, 0.78, 0.82, 1000)
+    repaired = Score("repaired", "easy-vqa", "exact_match", 0.81, 0.79, 0.83, 1000)
+    facts = {"model": "demo", "method": "wanda", "repair": "norms"}
+    leaderboard.publish(place, facts, JobResult("a" * 16, "complete", (DENSE, pruned, repaired)))
 
-    lines = printed(leaderboard.load(place), width=80, terminal=True)
+    lines = printed(leaderboard.load(place), width=100, terminal=True)
 
-    assert [line.split("0.812")[0].strip() for line in lines[3:6]] == [
-        "slimllava",
-        "slimllava eta 0.0",
-        "slimllava projector_every 0",
-    ]
-    assert "method wanda" in lines[1]
+    assert not any("recovered" in line for line in lines)
