@@ -6,7 +6,13 @@ machines reach. A stage that is there already costs nothing.
 
 from dataclasses import dataclass
 
-from jobs.allocation import SlimLLaVASpec
+from jobs.allocation import (
+    AllocationOptions,
+    ATPSpec,
+    ECoFLaPSpec,
+    ModuleDropSpec,
+    SlimLLaVASpec,
+)
 from jobs.spec import JobSpec
 from orchestrator.plan import ModelFacts, model_facts
 from workers.keys import StageKeys
@@ -68,12 +74,31 @@ def _flops(stage: str, job: JobSpec, facts: ModelFacts) -> float:
         if stage == "bank":
             ratios = 2 * int(search.reach / search.step) + 1
             return ratios * sum(4.0 * outputs * n**2 for _, outputs, n in facts.prunable.values())
-        if stage == "allocate":
-            return _samples_of_search(search) * tokens * forward
+    if job.prune is not None and stage == _costly_stage(job.prune.allocation):
+        return _samples_of_allocation(job.prune.allocation, job, facts) * tokens * forward
     if job.repair is not None and stage in ("teacher", "repair"):
         samples = job.repair.num_steps * job.repair.batch_size
         training = 5 if job.repair.has_live_teacher else 4
         return samples * tokens * forward * (1 if stage == "teacher" else training)
+    return 0.0
+
+
+def _costly_stage(allocation: AllocationOptions) -> str:
+    """Where an allocation runs the model: to score layers, or to try candidates."""
+    return "allocate" if allocation.measure_options is None else "score"
+
+
+def _samples_of_allocation(allocation: AllocationOptions, job: JobSpec, facts: ModelFacts) -> float:
+    """Samples run forward to score layers or to try candidates; half a run for a replayed one."""
+    all_samples = job.calibration.num_samples
+    if isinstance(allocation, SlimLLaVASpec):
+        return _samples_of_search(allocation)
+    if isinstance(allocation, ATPSpec) and allocation.slope == "search":
+        return allocation.num_slopes * len(facts.towers) * all_samples
+    if isinstance(allocation, ECoFLaPSpec):
+        return min(allocation.num_samples, all_samples) * len(facts.prunable)  # 2 halves a layer
+    if isinstance(allocation, ModuleDropSpec):
+        return all_samples * len(facts.prunable) / 6  # 2 halves a block of 6 or 7 layers
     return 0.0
 
 
