@@ -505,13 +505,14 @@ def test_every_swap_lowers_the_error_and_keeps_the_rows_count(target):
     assert changes[-1] < changes[0]
 
 
-def test_admm_gains_from_masking_gradually():
+@pytest.mark.parametrize("target", [Target(0.7), Target(0.5, Pattern(2, 4))], ids=str)
+def test_admm_gains_from_masking_gradually(target: Target):
     """The release masks at the final sparsity from the first iteration on."""
     weight_OI, statistics = a_layer(64, 256, num_tokens=1024)
     change = {}
     for masking_iterations in (1, 15):
         options = ADMMSpec(masking_iterations=masking_iterations)
-        pruned_OI = prune(weight_OI, statistics, Target(0.7), options).weight_OI
+        pruned_OI = prune(weight_OI, statistics, target, options).weight_OI
         change[masking_iterations] = squared_output_change(
             pruned_OI - weight_OI, statistics.gram_II
         )

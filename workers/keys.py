@@ -13,10 +13,10 @@ from jobs.spec import JobSpec, content_key, settings_of
 
 CODE_EPOCHS = {
     "statistics": 2,
-    "bank": 2,
+    "bank": 3,
     "score": 1,
     "allocate": 1,
-    "prune": 3,
+    "prune": 4,
     "teacher": 1,
     "repair": 1,
     "evaluate": 1,
