@@ -166,7 +166,9 @@ def _nearest_index(ratios: Sequence[float], value: float) -> int:
 def ratio_grid(asked: float, step: float, reach: float) -> tuple[float, ...]:
     """`asked` and what lies whole steps from it, up to `reach` away, from 0 up to but not 1."""
     count = int(reach / step + 1e-9)
-    around = (asked + round(number * step, 10) for number in range(-count, count + 1))
+    around = (
+        round(asked + number * step, 10) if number else asked for number in range(-count, count + 1)
+    )
     return tuple(ratio for ratio in around if 0 <= ratio < 1)
 
 
