@@ -4,6 +4,7 @@ What counts is progress (a sample, a block, a step finished), not being alive: a
 in a collective for a neighbour that will never come is alive.
 """
 
+import logging
 import signal
 import sys
 import threading
@@ -14,6 +15,8 @@ from contextlib import contextmanager
 from types import FrameType
 
 from jobs.errors import StalledError
+
+log = logging.getLogger("prunefleet")
 
 FRAMES_TOLD = 5
 POLLS = 20
@@ -81,10 +84,11 @@ def _stack(thread: int) -> str:
 
 @contextmanager
 def raised_here() -> Iterator[Callable[[str], None]]:
-    """An `end` for `watching` that raises StalledError in this thread, which must be the main one.
+    """An `end` for `watching` that raises StalledError in this thread.
 
-    A signal gets it out of system calls and Python loops. A call into C that neither returns nor
-    heeds signals stays: such a hang only the death of the process ends.
+    Only in the main one: elsewhere Python handles no signals, and a hang is only logged. A signal
+    gets it out of system calls and Python loops. A call into C that neither returns nor heeds
+    signals stays: such a hang only the death of the process ends.
     """
     told: list[str] = []
 
@@ -95,6 +99,9 @@ def raised_here() -> Iterator[Callable[[str], None]]:
         told.append(diagnosis)
         signal.pthread_kill(main, signal.SIGALRM)
 
+    if threading.current_thread() is not threading.main_thread():
+        yield log.error
+        return
     main = threading.get_ident()
     before = signal.signal(signal.SIGALRM, stop)
     try:

@@ -7,6 +7,7 @@ say afterwards what is left in it.
 import json
 import os
 import random
+import secrets
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ import ray
 from ray.util import placement_group_table
 
 context = ray.init(num_cpus=2, include_dashboard=True, dashboard_host="127.0.0.1",
-                   logging_level="ERROR", log_to_driver=False)
+                   _node_ip_address="127.0.0.1", logging_level="ERROR", log_to_driver=False)
 print(json.dumps(context.address_info["gcs_address"]), flush=True)
 for line in sys.stdin:
     groups = [group["state"] for group in placement_group_table().values()]
@@ -48,8 +49,14 @@ class Cluster:
     """Two CPUs of this machine."""
 
     def __init__(self) -> None:
+        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        self.environment = {**os.environ, **token, "PYTHONPATH": os.getcwd()}
         self.host = subprocess.Popen(
-            [sys.executable, "-c", HOST], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", HOST],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=self.environment,
         )
         self.address = str(self._told())
 
@@ -76,10 +83,12 @@ class Cluster:
                 found.append(process)
         return found
 
-    def kill(self, what: str, *, within_s: float = 300.0) -> bool:
-        """Wait for a process of this kind and kill -9 it."""
+    def kill(
+        self, what: str, *, while_alive: "subprocess.Popen[bytes]", within_s: float = 600.0
+    ) -> bool:
+        """Wait for a process of this kind, as long as the command runs, and kill -9 it."""
         deadline = time.monotonic() + within_s
-        while time.monotonic() < deadline:
+        while time.monotonic() < deadline and while_alive.poll() is None:
             for process in self.processes(what):
                 process.send_signal(signal.SIGKILL)
                 return True
@@ -110,15 +119,15 @@ def cluster() -> Iterator[Cluster]:
             process.kill()
 
 
-def command(world: World, storage: str, address: str | None) -> subprocess.Popen[bytes]:
+def command(world: World, storage: str, on: Cluster | None = None) -> subprocess.Popen[bytes]:
     """`prunefleet run` in a process of its own: on a cluster, or with one of its own."""
-    where = ["--address", address] if address else []
+    where = ["--address", on.address] if on else []
     sweep, place = str(world.folder / "sweep.yaml"), str(world.folder / storage)
     return subprocess.Popen(
         [sys.executable, "-m", "orchestrator.cli", "run", sweep, "--storage", place, *where],
         stdout=world.log.open("ab"),
         stderr=subprocess.STDOUT,
-        env={**os.environ, "PYTHONPATH": os.getcwd()},
+        env=on.environment if on else {**os.environ, "PYTHONPATH": os.getcwd()},
     )
 
 
@@ -130,7 +139,7 @@ def soak_ray(folder: Path) -> tuple[Counter[str], Counter[str]]:
         storage = f"round-{number}"
         found = play(world, storage, random.Random(number))
         with cluster() as one:
-            code = command(world, storage, one.address).wait(timeout=1800)
+            code = command(world, storage, one).wait(timeout=1800)
             held = one.wait_until_free()
         problems = [f"the run in peace ended with {code}"] if code else []
         problems += [f"placement groups still held: {held}"] if held else []
@@ -147,10 +156,10 @@ def _kill_inside(world: World, storage: str, dice: random.Random) -> Counter[str
     """A run on a cluster loses a worker, a trial actor, a controller, and again, and goes on."""
     found = Counter[str]()
     with cluster() as one:
-        run = command(world, storage, one.address)
+        run = command(world, storage, one)
         for what in [*TITLES, *TITLES]:
             time.sleep(dice.uniform(0, 5))
-            if run.poll() is None and one.kill(what, within_s=120):
+            if one.kill(what, while_alive=run, within_s=120):
                 found[f"kill {what}"] += 1
         run.wait(timeout=1800)
     return found
@@ -160,7 +169,7 @@ def _kill_outside(world: World, storage: str, dice: random.Random) -> Counter[st
     """Drivers with a Ray of their own die, then the raylet under a run on a cluster."""
     found = Counter[str]()
     for _ in range(3):
-        run = command(world, storage, None)
+        run = command(world, storage)
         time.sleep(dice.uniform(20, 60))
         family = psutil.Process(run.pid).children(recursive=True)
         run.kill()
@@ -169,9 +178,9 @@ def _kill_outside(world: World, storage: str, dice: random.Random) -> Counter[st
         left = psutil.wait_procs(family, timeout=60)[1]
         assert not left, f"a killed driver left processes behind: {left}"
     with cluster() as one:
-        run = command(world, storage, one.address)
+        run = command(world, storage, one)
         time.sleep(dice.uniform(20, 40))
-        found["kill raylet"] += one.kill("raylet/raylet", within_s=10)
+        found["kill raylet"] += one.kill("raylet/raylet", while_alive=run, within_s=10)
         try:
             run.wait(timeout=300)
         except subprocess.TimeoutExpired:

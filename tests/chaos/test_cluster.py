@@ -14,9 +14,9 @@ def test_a_run_survives_the_loss_of_a_worker_and_of_a_trial_actor(tmp_path: Path
     world = World.make(tmp_path / "world")
 
     with cluster() as one:
-        run = command(world, "killed", one.address)
-        assert one.kill("train worker")
-        assert one.kill("trial actor")
+        run = command(world, "killed", one)
+        assert one.kill("train worker", while_alive=run), world.log.read_text()[-3000:]
+        assert one.kill("trial actor", while_alive=run), world.log.read_text()[-3000:]
         code = run.wait(timeout=900)
         held = one.wait_until_free()
 
