@@ -23,8 +23,7 @@ import psutil
 from tests.chaos.world import World
 
 HOST = """
-import json, os, sys, time
-os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")  # the machine may be busy
+import json, sys
 import ray
 from ray.util import placement_group_table
 
@@ -41,6 +40,8 @@ TITLES = {
     "train controller": "ray::TrainController",
 }
 """How Ray names its processes."""
+PATIENCE = {"RAY_raylet_start_wait_time_s": "300", "RAY_agent_register_timeout_ms": "300000"}
+"""For a machine that has more to do than us."""
 FREED_WITHIN_S = 60.0
 """A placement group whose owner was killed: a process of Ray's polls for that."""
 
@@ -50,7 +51,7 @@ class Cluster:
 
     def __init__(self) -> None:
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-        self.environment = {**os.environ, **token, "PYTHONPATH": os.getcwd()}
+        self.environment = {**os.environ, **token, **PATIENCE, "PYTHONPATH": os.getcwd()}
         self.host = subprocess.Popen(
             [sys.executable, "-c", HOST],
             stdin=subprocess.PIPE,
