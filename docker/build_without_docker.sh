@@ -34,7 +34,7 @@ for folder in $(grep -oE '(file://)?/(opt|srv)/[^ ]+' "$work/pip.conf" | sed 's#
 done
 
 start=$SECONDS
-buildah "${storage[@]}" bud --format docker --quiet --file "$project/docker/Dockerfile" "${volumes[@]}" \
+buildah "${storage[@]}" bud --layers --format docker --quiet --file "$project/docker/Dockerfile" "${volumes[@]}" \
   --build-arg BASE_IMAGE=localhost/debian-python --build-arg COMMIT="$commit" \
   --tag prunefleet:cpu "$project"
 digest=$(buildah "${storage[@]}" inspect --type image --format '{{.FromImageDigest}}' prunefleet:cpu)
