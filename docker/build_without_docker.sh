@@ -29,7 +29,7 @@ fi
 python3 -m pip config list | sed -E "s/^(global|:env:)\.//; s/='(.*)'$/ = \1/" \
   | awk 'BEGIN {print "[global]"} !seen[$1]++' > "$work/pip.conf"
 volumes=(--volume "$work/pip.conf:/etc/pip.conf:ro" --volume /etc/ssl/certs:/etc/ssl/certs:ro)
-for folder in $(grep -oE '(file://)?/(opt|srv)/[^ ]+' "$work/pip.conf" | sed 's#^file://##' | sort -u); do
+for folder in $(grep -oE '/(opt|srv)/[^/ ]+' "$work/pip.conf" | sort -u); do
   [ -d "$folder" ] && volumes+=(--volume "$folder:$folder:ro")
 done
 
