@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-PREFIX = "prunefleet-"
+PREFIX = "prunefleet-job-"
+"""Of nothing else: what bears it and is not locked counts as left by a kill."""
 YOUNG_S = 60.0
 """A folder this young may not be locked yet."""
 
