@@ -14,6 +14,7 @@ import pytest
 from jobs.storage import Storage
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported, which DeepSpeed does
 
 
 @pytest.fixture(scope="session")

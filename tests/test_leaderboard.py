@@ -292,8 +292,8 @@ def test_a_kill_at_any_step_of_a_compaction_loses_and_doubles_nothing(
             except Killed:
                 pass
         pd.testing.assert_frame_equal(load(storage), before)
-        storage.delete(leaderboard.row_path(key(0), "complete"))
-        publish(storage, FACTS, complete(0))  # so that there is something to compact again
+        publish(storage, FACTS, complete(20 + step))  # so that there is something to compact again
+        before = load(storage)
 
     assert 5 <= step < 19
     pd.testing.assert_frame_equal(load(storage), before)

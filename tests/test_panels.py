@@ -4,7 +4,7 @@ Shape letters: O output features, P inputs of a panel.
 """
 
 import importlib
-import sys
+import os
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
@@ -23,11 +23,9 @@ GROUPS = {"unstructured": (0, 0), "2:4": (4, 2), "4:8": (8, 4), "2:3": (3, 1)}
 
 
 @pytest.fixture
-def interpreted(monkeypatch):
-    """Triton's kernel, run by its interpreter: on the CPU, with numpy, slowly."""
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    yield importlib.import_module(TRITON)
-    del sys.modules[TRITON]
+def interpreted():
+    """Triton's kernel, run by its interpreter (see conftest.py): on the CPU, with numpy, slowly."""
+    return importlib.import_module(TRITON)
 
 
 @pytest.fixture(params=COMPILERS)
@@ -109,6 +107,7 @@ def test_every_walk_gives_the_published_result(monkeypatch, request, kept_of, co
 
 def compile_for_gpus(group: int, num_dropped: int) -> list[str]:
     """PTX for A100, and for H100 and H200. It also becomes machine code; no GPU is needed."""
+    os.environ.pop("TRITON_INTERPRET", None)
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
