@@ -81,7 +81,8 @@ def survey(storage: Storage, *, min_age_s: float, keep: Collection[str] = ()) ->
     if not alive and not unreadable:
         candidates += _unneeded_stages(files, now, needed, keep)
     old_enough_s = max(min_age_s, DAY_S) if alive else min_age_s
-    old = [garbage for garbage in candidates if garbage.age_s >= old_enough_s]
+    # the newest file may be ahead of a clock that ticks coarsely
+    old = [garbage for garbage in candidates if max(garbage.age_s, 0) >= old_enough_s]
     return Survey(old, len(candidates) - len(old), alive, unreadable)
 
 
