@@ -4,9 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jobs.errors import SpecError
-
-FORMATS = (".png", ".svg")
+from orchestrator.plot import empty_canvas
 
 
 def draw_history(history: Mapping[str, Any], to: Path) -> None:
@@ -19,13 +17,7 @@ def draw_history(history: Mapping[str, Any], to: Path) -> None:
     Raises:
         SpecError: another ending, or matplotlib is not installed.
     """
-    if to.suffix not in FORMATS:
-        raise SpecError(f"{to}: a figure ends in {' or '.join(FORMATS)}")
-    try:
-        from matplotlib.figure import Figure  # without pyplot: no screen is needed
-    except ImportError as error:
-        raise SpecError("plots need matplotlib: pip install 'prunefleet[plot]'") from error
-    figure = Figure(figsize=(10, 4), dpi=150, layout="constrained")
+    figure = empty_canvas(to, width=10)
     left, right = figure.subplots(1, 2)
     _draw_generations(left, history)
     _draw_sparsity(right, history)

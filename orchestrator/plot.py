@@ -14,7 +14,6 @@ import pandas as pd
 
 from jobs.errors import SpecError
 
-FORMATS = (".png", ".svg")
 SETTINGS = (
     "model",
     "method",
@@ -85,13 +84,7 @@ def draw(figure: Figure, to: Path) -> None:
     Raises:
         SpecError: another ending, or matplotlib is not installed.
     """
-    if to.suffix not in FORMATS:
-        raise SpecError(f"{to}: a figure ends in {' or '.join(FORMATS)}")
-    try:
-        from matplotlib.figure import Figure as Canvas  # without pyplot: no screen is needed
-    except ImportError as error:
-        raise SpecError("plots need matplotlib: pip install 'prunefleet[plot]'") from error
-    canvas = Canvas(figsize=(6.4, 4.0), dpi=150, layout="constrained")
+    canvas = empty_canvas(to, width=6.4)
     axes = canvas.add_subplot()
     lines = list(dict.fromkeys(figure.points["line"]))
     for name in lines:
@@ -106,6 +99,21 @@ def draw(figure: Figure, to: Path) -> None:
     title = "\n".join(textwrap.wrap(figure.line_label, 24))
     canvas.legend(loc="outside right upper", title=title or None)
     canvas.savefig(to)
+
+
+def empty_canvas(to: Path, *, width: float) -> Any:
+    """An empty matplotlib figure, `width` inches wide and 4 high, that can be saved as `to`.
+
+    Raises:
+        SpecError: `to` ends in neither .png nor .svg, or matplotlib is not installed.
+    """
+    if to.suffix not in (".png", ".svg"):
+        raise SpecError(f"{to}: a figure ends in .png or .svg")
+    try:
+        from matplotlib.figure import Figure as Canvas  # without pyplot: no screen is needed
+    except ImportError as error:
+        raise SpecError("plots need matplotlib: pip install 'prunefleet[plot]'") from error
+    return Canvas(figsize=(width, 4), dpi=150, layout="constrained")
 
 
 def _values(rows: pd.DataFrame, expression: str) -> "pd.Series[Any]":

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from jobs.allocation import SlimLLaVASpec
 from jobs.crash import CRASH_EXIT_CODE
 from jobs.errors import DataError, SpecError
 from jobs.methods import SparseGPTSpec
@@ -33,6 +35,8 @@ from workers.methods import prune
 from workers.models import count_sparsity, load_model
 from workers.prune import load_taps, statistics_file
 from workers.run import run_job
+from workers.search import State
+from workers.slimllava import _KeptState
 
 SWEEP = """
 name: tiny
@@ -179,7 +183,10 @@ def test_searches_of_one_bank_share_it(
 def test_a_kill_costs_a_block_or_a_generation_and_changes_no_bit(
     whole: tuple[Path, JobSpec, Any], model: Path, tmp_path: Path
 ) -> None:
-    """Killed in the bank, then behind the projector's tuning, then run to its end."""
+    """Killed in the bank, then behind the projector's tuning, then run to its end.
+
+    A block that the first attempt kept has a flipped bit, and is solved again.
+    """
     undisturbed, job, _ = whole
     program = (
         "import sys; from pathlib import Path; from jobs.spec import JobSpec\n"
@@ -195,12 +202,37 @@ def test_a_kill_costs_a_block_or_a_generation_and_changes_no_bit(
             timeout=300,
         )
         assert child.returncode == CRASH_EXIT_CODE, child.stderr[-2000:]
+        for kept in (tmp_path / "work" / str(StageKeys.of(job).bank)).glob("vision-000.*"):
+            flip_a_bit(kept)
+    assert "vision-000.safetensors is damaged" in child.stderr
     assert (tmp_path / "work" / str(StageKeys.of(job).allocate) / "search.safetensors").exists()
 
     run(job, tmp_path)
 
     assert found(tmp_path, job) == found(undisturbed, job)
     assert not list((tmp_path / "work").glob("*/*")), "finished stages leave nothing"
+
+
+def test_a_damaged_state_makes_the_search_start_over(tmp_path: Path) -> None:
+    """A flipped bit in it is still JSON, or numbers; and is noticed."""
+    context = Context(Storage(str(tmp_path)), "job", tmp_path / "scratch", CPU)
+    judge: Any = SimpleNamespace(projector={})
+    kept = _KeptState(context, "key", judge, SlimLLaVASpec())
+    state = State(1, 0.5, [], set(), [])
+    kept.keep(state)
+    assert kept.restore() == state
+
+    flip_a_bit(tmp_path / kept.path)
+
+    assert kept.restore() is None
+    assert "search.safetensors is damaged" in context.warnings[0]
+
+
+def flip_a_bit(file: Path) -> None:
+    """In the middle of it."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
 
 
 def work(job: str, storage: Path, rank: int) -> None:

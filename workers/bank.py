@@ -45,10 +45,13 @@ def build_bank(
     Args:
         statistics: the folder of the dense model's.
         folder: where rank 0 leaves the bank.
+
+    Raises:
+        CorruptError: a block's file was damaged since it was written.
     """
     blocks = [(tower, index) for tower in grids for index in range(len(model.blocks(tower)))]
     for number, (tower, index) in enumerate(blocks):
-        if number % ctx.world == ctx.rank and not ctx.storage.exists(_kept(key, tower, index)):
+        if number % ctx.world == ctx.rank and not _is_kept(ctx, key, tower, index):
             layers = {layer.name: layer for layer in model.layers(tower) if layer.block == index}
             taps = (
                 load_taps(statistics_file(statistics, tower, index), layers, ctx)
@@ -56,13 +59,13 @@ def build_bank(
                 else [Tap((layer,), {}) for layer in layers.values()]
             )
             solved = _prune_block(taps, method, grids[tower], calibration)
-            ctx.storage.put(_kept(key, tower, index), solved)
+            ctx.storage.put_sealed(_kept(key, tower, index), solved)
             crash_point(f"bank-{tower}-{index}")
         ctx.progress("bank", number + 1, len(blocks))
     ctx.barrier()
     if ctx.rank == 0:
         for tower, index in blocks:
-            content = ctx.storage.read_bytes(_kept(key, tower, index))
+            content = ctx.storage.read_sealed(_kept(key, tower, index))
             bank_file(folder, tower, index).write_bytes(content)
 
 
@@ -73,6 +76,11 @@ def bank_file(folder: Path, tower: Tower, index: int) -> Path:
 
 def _kept(key: str, tower: Tower, index: int) -> str:
     return f"work/{key}/{tower}-{index:03d}.safetensors"
+
+
+def _is_kept(ctx: Context, key: str, tower: Tower, index: int) -> bool:
+    path = _kept(key, tower, index)
+    return ctx.kept(path, otherwise="the block is pruned again") is not None
 
 
 def _prune_block(

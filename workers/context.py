@@ -83,6 +83,20 @@ class Context:
         beat = {"stage": stage, "done": done, "total": total, "time": time.time()}
         self.storage.put(progress_path(self.job_key), json.dumps(beat).encode())
 
+    def kept(self, path: str, *, otherwise: str) -> bytes | None:
+        """What an earlier attempt left with `put_sealed`; None if it left nothing that is sound.
+
+        Args:
+            otherwise: what happens if it is damaged, for the warning: "the block is pruned again".
+        """
+        try:
+            return self.storage.read_sealed(path)
+        except FileNotFoundError:
+            return None
+        except CorruptError as error:
+            self.warn(f"{error.message}; {otherwise}")
+            return None
+
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()
@@ -177,13 +191,8 @@ class Context:
         return where
 
     def _pointers(self, stage: str) -> list[dict[str, Any]]:
-        try:
-            return list(json.loads(self.storage.read_sealed(_pointer_path(stage))))
-        except FileNotFoundError:
-            return []
-        except CorruptError as error:
-            self.warn(f"{error.message}; the stage starts over")
-            return []
+        kept = self.kept(_pointer_path(stage), otherwise="the stage starts over")
+        return [] if kept is None else list(json.loads(kept))
 
     def _point_to(self, stage: str, pointers: list[dict[str, Any]]) -> None:
         self.storage.put_sealed(_pointer_path(stage), json.dumps(pointers).encode())

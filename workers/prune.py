@@ -355,8 +355,7 @@ class _FinishedBlocks:
         self, tower: Tower, index: int, layers: Sequence[Layer]
     ) -> tuple[dict[str, Tensor], list[LayerReport]] | None:
         """Put the block's finished weights and biases into the model; None where there are none."""
-        path = self._path(tower, index)
-        content = self.ctx.from_rank_0(self._read(path) if self.ctx.rank == 0 else None)
+        content = self.ctx.from_rank_0(self._read(tower, index) if self.ctx.rank == 0 else None)
         if content is None:
             return None
         tensors = load(content)
@@ -372,14 +371,8 @@ class _FinishedBlocks:
             masks[layer.name] = mask.to(weight.device)
         return masks, reports
 
-    def _read(self, path: str) -> bytes | None:
-        try:
-            return self.ctx.storage.read_sealed(path)
-        except FileNotFoundError:
-            return None
-        except CorruptError as error:
-            self.ctx.warn(f"{error.message}; the block is pruned again")
-            return None
+    def _read(self, tower: Tower, index: int) -> bytes | None:
+        return self.ctx.kept(self._path(tower, index), otherwise="the block is pruned again")
 
     def _path(self, tower: Tower, index: int) -> str:
         return f"{self.folder}/{tower}-{index:03d}.safetensors"

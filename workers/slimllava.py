@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from safetensors.torch import load, save, save_file
 from torch import Tensor, nn
 
@@ -282,7 +281,7 @@ class _KeptState:
         if self.ctx.rank == 0:
             tensors = {name: tensor.cpu() for name, tensor in self.judge.projector.items()}
             content = save(tensors, {"state": json.dumps(state.to_json())})
-            self.ctx.storage.put(self.path, content)
+            self.ctx.storage.put_sealed(self.path, content)
         crash_point(f"search-{state.generation}")
         self.ctx.progress("search", state.generation, self.spec.generations)
 
@@ -297,16 +296,11 @@ class _KeptState:
         return State.from_json(json.loads(metadata["state"]))
 
     def _read(self) -> tuple[dict[str, str], dict[str, Tensor]] | None:
-        if not self.ctx.storage.exists(self.path):
-            return None
-        content = self.ctx.storage.read_bytes(self.path)
-        try:
-            tensors = load(content)
-        except SafetensorError as error:
-            self.ctx.warn(f"{self.path} is damaged ({error}); the search starts over")
+        content = self.ctx.kept(self.path, otherwise="the search starts over")
+        if content is None:
             return None
         header_length = int.from_bytes(content[:8], "little")
-        return json.loads(content[8 : 8 + header_length])["__metadata__"], tensors
+        return json.loads(content[8 : 8 + header_length])["__metadata__"], load(content)
 
 
 def _write_history(space: SearchSpace, spec: SlimLLaVASpec, state: State, folder: Path) -> None:

@@ -82,7 +82,7 @@ class Round:
 
     def kill_any_moment(self) -> bool:
         process = start(*self.world.command(self.name), log=self.world.log)
-        process.join(self.dice.uniform(0.3, 6))
+        process.join(self.dice.uniform(0.05, 0.9) * self.world.seconds)
         process.kill()
         process.join()
         return process.exitcode == -9
@@ -112,7 +112,7 @@ class Round:
         """Three of them, and one is killed."""
         command = self.world.command(self.name)
         running = [start(*command, log=self.world.log) for _ in range(3)]
-        running[0].join(self.dice.uniform(0.3, 4))
+        running[0].join(self.dice.uniform(0.05, 0.9) * self.world.seconds)
         running[0].kill()
         for process in running:
             process.join()

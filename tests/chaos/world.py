@@ -1,6 +1,7 @@
 """A small sweep, what it gives undisturbed, and the question whether a storage holds just that."""
 
 import random
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,8 @@ class World:
     """A sweep in a folder of its own, and the storage of an undisturbed run of it."""
 
     folder: Path
+    seconds: float = 0.0
+    """What the undisturbed run took, so that a fault can be timed to fall within one."""
 
     @classmethod
     def make(cls, folder: Path, *, repairs: bool = False) -> "World":
@@ -44,7 +47,9 @@ class World:
             SWEEP.format(model=model, repair=repair, exclude=exclude)
         )
         world = cls(folder)
+        start = time.monotonic()
         assert world.run("undisturbed") == 0, world.log.read_text()
+        world.seconds = time.monotonic() - start
         return world
 
     @property

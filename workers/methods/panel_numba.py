@@ -1,4 +1,4 @@
-"""SparseGPT's walk through one panel as a compiled loop, for the CPU.
+"""SparseGPT's walk through one panel, and what goes with it, as compiled loops for the CPU.
 
 Plain torch takes a dozen calls for every group of 4 columns, each of a few microseconds.
 
@@ -8,13 +8,15 @@ Shape letters: O output features, P inputs of a panel.
 from collections.abc import Callable
 from typing import Any
 
+import numba
 import numpy as np
 import torch
-from numba import njit
+from numba import njit, prange
 from torch import Tensor
 
 BLOCK = 64
 """Output features that go from the first column to the last while they stay in the cache."""
+TILE = 64
 LEAF = 8
 """Columns that see the earlier ones' losses at once, unstructured. Under N:M it is M."""
 
@@ -26,6 +28,7 @@ def walk_panel(
     dropped_PO = torch.empty_like(current_PO)
     diagonal_P = inverse_PP.diagonal()
     push_PP = (inverse_PP / -diagonal_P[:, None]).T.contiguous()  # row j: what pushes column j
+    _use_threads_of_torch()
     _walk(
         current_PO.numpy(),
         dropped_PO.numpy(),
@@ -38,10 +41,26 @@ def walk_panel(
     return dropped_PO
 
 
+def transposed(matrix: Tensor) -> Tensor:
+    """A copy, in order; three times as fast as torch's. Rows and columns in strides of 2048 numbers
+    would all fall into one cache set, so it goes by small tiles."""
+    of_size = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = of_size[matrix.element_size()]
+    result = matrix.new_empty(matrix.shape[1], matrix.shape[0])
+    _use_threads_of_torch()
+    _transpose(matrix.view(bits).numpy(), result.view(bits).numpy())
+    return result
+
+
+def _use_threads_of_torch() -> None:
+    """They still spin when torch is done with them: another team would have to push them aside."""
+    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+
+
 def _compiled(loop: Callable[..., None]) -> Any:
     """Compiled at its first call: 2 s, then read from a cache beside this file, or in the home."""
     # contract: a multiplication and an addition may be one instruction; nothing else is reordered
-    options = {"nogil": True, "fastmath": {"contract"}, "error_model": "numpy"}
+    options = {"parallel": True, "fastmath": {"contract"}, "error_model": "numpy"}
     try:
         return njit(cache=True, **options)(loop)
     except RuntimeError:  # neither place can be written to
@@ -55,10 +74,11 @@ def _walk(
     """Loops over lanes are innermost and of fixed length: those become vector instructions."""
     num_columns, num_outputs = current.shape
     number = current.dtype.type
-    work = np.zeros((num_columns, BLOCK), current.dtype)
-    gone = np.zeros((num_columns, BLOCK), current.dtype)
-    gate = np.zeros((num_columns, BLOCK), current.dtype)
-    for top in range(0, num_outputs, BLOCK):
+    for block in prange((num_outputs + BLOCK - 1) // BLOCK):
+        top = block * BLOCK
+        work = np.zeros((num_columns, BLOCK), current.dtype)
+        gone = np.zeros((num_columns, BLOCK), current.dtype)
+        gate = np.zeros((num_columns, BLOCK), current.dtype)
         lanes = min(BLOCK, num_outputs - top)
         for i in range(num_columns):
             for t in range(lanes):
@@ -109,3 +129,16 @@ def _walk(
                 current[i, top + t] = work[i, t]
                 dropped[i, top + t] = gone[i, t]
                 drop[i, top + t] = gate[i, t]
+
+
+@_compiled
+def _transpose(matrix: Any, result: Any) -> None:
+    num_rows, num_columns = matrix.shape
+    for strip in prange((num_columns + TILE - 1) // TILE):
+        left = strip * TILE
+        right = min(left + TILE, num_columns)
+        for top in range(0, num_rows, TILE):
+            bottom = min(top + TILE, num_rows)
+            for j in range(left, right):
+                for i in range(top, bottom):
+                    result[j, i] = matrix[i, j]
