@@ -33,11 +33,12 @@ from tests.reference import (
     sparsegpt_loop,
     squared_output_change,
 )
-from workers.methods import prune, prune_shared
+from workers.methods import prune, prune_shared, swaps_numba
 from workers.methods.common import tf32
 from workers.methods.dsnot import moments
 from workers.methods.hessian import factor_hessian
 from workers.methods.reconstruct import conjugate_gradients
+from workers.methods.sparseswaps import swap_in_torch
 from workers.methods.wanda import wanda_saliency
 from workers.statistics import Statistics
 
@@ -490,6 +491,18 @@ def test_sparseswaps_makes_the_best_of_all_swaps(group):
         if change < 0:
             expected_I[dropped], expected_I[back] = False, True
         assert torch.equal(after_I, expected_I)
+
+
+@every_target
+def test_compiled_swaps_equal_plain_torch(target, monkeypatch):
+    """Which is what runs on a GPU. Two inputs are dead."""
+    weight_OI, statistics = a_layer(70, dead=(3, 40))
+    compiled = prune(weight_OI, statistics, target, SparseSwapsSpec(candidates=8)).keep_OI
+    monkeypatch.setattr(swaps_numba, "swap", swap_in_torch)
+
+    in_torch = prune(weight_OI, statistics, target, SparseSwapsSpec(candidates=8)).keep_OI
+
+    assert torch.equal(compiled, in_torch)
 
 
 @every_target

@@ -5,14 +5,14 @@ Plain torch takes a dozen calls for every group of 4 columns, each of a few micr
 Shape letters: O output features, P inputs of a panel.
 """
 
-from collections.abc import Callable
 from typing import Any
 
-import numba
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import prange
 from torch import Tensor
+
+from workers.methods.compiled import compiled
 
 BLOCK = 64
 """Output features that go from the first column to the last while they stay in the cache."""
@@ -28,7 +28,6 @@ def walk_panel(
     dropped_PO = torch.empty_like(current_PO)
     diagonal_P = inverse_PP.diagonal()
     push_PP = (inverse_PP / -diagonal_P[:, None]).T.contiguous()  # row j: what pushes column j
-    _use_threads_of_torch()
     _walk(
         current_PO.numpy(),
         dropped_PO.numpy(),
@@ -47,27 +46,11 @@ def transposed(matrix: Tensor) -> Tensor:
     of_size = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     bits = of_size[matrix.element_size()]
     result = matrix.new_empty(matrix.shape[1], matrix.shape[0])
-    _use_threads_of_torch()
     _transpose(matrix.view(bits).numpy(), result.view(bits).numpy())
     return result
 
 
-def _use_threads_of_torch() -> None:
-    """They still spin when torch is done with them: another team would have to push them aside."""
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
-
-
-def _compiled(loop: Callable[..., None]) -> Any:
-    """Compiled at its first call: 2 s, then read from a cache beside this file, or in the home."""
-    # contract: a multiplication and an addition may be one instruction; nothing else is reordered
-    options = {"parallel": True, "fastmath": {"contract"}, "error_model": "numpy"}
-    try:
-        return njit(cache=True, **options)(loop)
-    except RuntimeError:  # neither place can be written to
-        return njit(**options)(loop)
-
-
-@_compiled
+@compiled
 def _walk(
     current: Any, dropped: Any, drop: Any, push: Any, cost: Any, leaf: int, num_dropped: int
 ) -> None:
@@ -131,7 +114,7 @@ def _walk(
                 drop[i, top + t] = gate[i, t]
 
 
-@_compiled
+@compiled
 def _transpose(matrix: Any, result: Any) -> None:
     num_rows, num_columns = matrix.shape
     for strip in prange((num_columns + TILE - 1) // TILE):

@@ -29,20 +29,42 @@ def prune_sparseswaps(
     keep_OI = keep_mask(wanda_saliency(weight_OI, statistics.input_norm_I), target)
     gram_II, trained_OI = statistics.gram_II, weight_OI.float()
     lost_OI = trained_OI.masked_fill(keep_OI, 0) @ gram_II
+    if weight_OI.device.type == "cpu":
+        from workers.methods.swaps_numba import swap  # compilers take their time
+    else:
+        swap = swap_in_torch
+    swap(trained_OI, gram_II, keep_OI, lost_OI, target.pattern.group, options)
+    return without_dropped(weight_OI, keep_OI)
+
+
+def swap_in_torch(
+    trained_OI: Tensor,
+    gram_II: Tensor,
+    keep_OI: Tensor,
+    lost_OI: Tensor,
+    group: int | None,
+    options: SparseSwapsSpec,
+) -> None:
+    """Make each row's best swap, of all rows at once, as long as one of them gains.
+
+    Args:
+        keep_OI: is changed in place.
+        lost_OI: r G for each row. Is changed in place.
+    """
     own_OI = trained_OI.square() * gram_II.diagonal()
-    rows_O = torch.arange(len(weight_OI), device=weight_OI.device)
+    rows_O = torch.arange(len(trained_OI), device=trained_OI.device)
     dead_I = gram_II.diagonal() == 0
     for _ in range(options.max_swaps):
         cross_OI = 2 * trained_OI * lost_OI
         drop_cost_OI = (own_OI + cross_OI).masked_fill(~keep_OI, torch.inf)
         back_cost_OI = (own_OI - cross_OI).masked_fill(keep_OI | dead_I, torch.inf)
-        if target.pattern.group is None:
+        if group is None:
             change_O, out_O, in_O = _best_pair(
                 trained_OI, gram_II, drop_cost_OI, back_cost_OI, options.candidates
             )
         else:
             change_O, out_O, in_O = _best_pair_in_groups(
-                trained_OI, gram_II, drop_cost_OI, back_cost_OI, target.pattern.group
+                trained_OI, gram_II, drop_cost_OI, back_cost_OI, group
             )
         error_O = (trained_OI * lost_OI).masked_fill(keep_OI, 0).sum(dim=1)
         better_O = change_O < -TOLERANCE * error_O
@@ -52,7 +74,6 @@ def prune_sparseswaps(
         keep_OI[rows, dropped], keep_OI[rows, back] = False, True
         lost_OI[rows] += trained_OI[rows, dropped][:, None] * gram_II[dropped]
         lost_OI[rows] -= trained_OI[rows, back][:, None] * gram_II[back]
-    return without_dropped(weight_OI, keep_OI)
 
 
 def _best_pair(
