@@ -76,6 +76,11 @@ class ATPSpec(AllocationOptions):
         return self.slope == "search"
 
 
+def steepest(sparsity: float, num_blocks: int) -> float:
+    """The largest slope for which no block's sparsity leaves [0, 1]."""
+    return 2 * min(sparsity, 1 - sparsity) / (num_blocks - 1) if num_blocks > 1 else 0.0
+
+
 class ECoFLaPSpec(BudgetedSpec):
     """Keep more where a little noise in the weights moves the loss more, arXiv:2310.02998."""
 

@@ -131,6 +131,9 @@ def _memory_gib(job: JobSpec, facts: ModelFacts, *, bytes_per_param: int) -> flo
 def _tokens(facts: ModelFacts, sequence_length: int, is_text: bool) -> float:
     if is_text:
         return sequence_length
-    vision = config_of(facts.folder).get("vision_config", {})
+    config = config_of(facts.folder)
+    vision = config.get("vision_config", {})
     side: int = vision.get("image_size", 0) // vision.get("patch_size", 1)
-    return side**2 + TEXT_TOKENS
+    # what an image is resized to may be less than what the tower was made for
+    image_tokens: int = config.get("image_seq_length") or side**2
+    return image_tokens + TEXT_TOKENS

@@ -8,12 +8,12 @@ torch: a plan takes a second.
 import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from jobs.allocation import AllocationSpec, SlimLLaVASpec, UniformSpec
+from jobs.allocation import AllocationSpec, ATPSpec, SlimLLaVASpec, UniformSpec, steepest
 from jobs.errors import DataError, ModelError, SpecError
 from jobs.methods import DenseSpec, MethodSpec
 from jobs.pattern import Pattern
@@ -36,7 +36,7 @@ from workers.families import blocks_path, family_of
 from workers.keys import StageKeys
 from workers.locate import config_of, fingerprint_model, locate, tensor_shapes
 
-IN_A_BLOCK = re.compile(r"\.(layers|layer|blocks)\.\d+\..*weight$")
+IN_A_BLOCK = re.compile(r"^(?P<block>.*\.(layers|layer|blocks)\.\d+)\..*weight$")
 """A tensor of a checkpoint that belongs to a block, under old and new names alike."""
 
 
@@ -50,6 +50,11 @@ class ModelFacts:
     num_params: int
     prunable: dict[str, tuple[Tower, int, int]]
     """Tensor name to tower, number of outputs and of inputs."""
+
+    def num_blocks(self, tower: Tower) -> int:
+        """How many blocks a tower has."""
+        names = (name for name, (its, *_) in self.prunable.items() if its == tower)
+        return len({match["block"] for match in map(IN_A_BLOCK.match, names) if match})
 
 
 def make_plan(sweep: SweepSpec) -> list[JobSpec]:
@@ -261,6 +266,8 @@ def _check_job(job: JobSpec) -> None:
         _check_pattern(job.prune, facts)
         if isinstance(job.prune.allocation, SlimLLaVASpec):
             _check_search(job.prune.allocation, job.calibration.dataset, facts)
+        if isinstance(job.prune.allocation, ATPSpec):
+            _check_slope(job.prune.allocation, job.prune.sparsity, facts)
     if job.is_calibrated:
         _check_calibration(job)
     if job.repair is not None:
@@ -324,6 +331,19 @@ def _check_search(spec: SlimLLaVASpec, dataset: DatasetSpec, facts: ModelFacts) 
             f"grid.allocation: slimllava: num_samples is {spec.num_samples}, and {dataset.label} "
             f"has {available} samples"
         )
+
+
+def _check_slope(spec: ATPSpec, sparsity: Mapping[Tower, float], facts: ModelFacts) -> None:
+    """A given one must neither empty a block nor take more than there is of one."""
+    for tower, asked in sparsity.items():
+        num_blocks = facts.num_blocks(tower)
+        limit = steepest(asked, num_blocks)
+        if spec.slope != "search" and abs(spec.slope) > limit:
+            raise SpecError(
+                f"grid.allocation: atp: slope {spec.slope:g} takes the {tower} tower's "
+                f"{num_blocks} blocks out of [0, 1] at sparsity {asked:g}; at most {limit:g} does "
+                "not"
+            )
 
 
 def _check_repair(spec: RepairSpec, facts: ModelFacts) -> None:

@@ -21,8 +21,9 @@ from jobs.allocation import (
     ModuleDropSpec,
     OWLSpec,
     UniformSpec,
+    steepest,
 )
-from jobs.errors import ModelError, NumericError
+from jobs.errors import NumericError
 from jobs.methods import MagnitudeSpec
 from jobs.spec import CalibrationSpec, DatasetSpec, PruneSpec
 from jobs.storage import Storage
@@ -35,7 +36,6 @@ from workers.allocate import (
     load_allocation,
     progression,
     project,
-    steepest,
     stretched,
 )
 from workers.calibrate import calibration_batches
@@ -351,15 +351,6 @@ def test_the_slope_with_the_least_loss_is_taken(tmp_path: Path) -> None:
             for block in (0, 1)
         )
         assert second - first == pytest.approx(slope)
-
-
-def test_a_slope_that_leaves_the_range_is_refused_with_the_steepest_that_does_not(
-    tmp_path: Path,
-) -> None:
-    question = question_of(tmp_path, make_tiny("llama", tmp_path / "m"))
-
-    with pytest.raises(ModelError, match=r"slope 0\.7 .* 2 blocks .* at most 0\.6"):
-        answer_to(question, ATPSpec(slope=0.7))
 
 
 def test_layers_lose_what_they_were_asked_to_lose(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -248,6 +249,25 @@ def test_leaderboard_answers_a_query(done: Place) -> None:
     assert "magnitude" in everything.out
     assert "wanda" in wanda.out
     assert "magnitude" not in wanda.out
+
+
+def test_leaderboard_for_other_programs(done: Place) -> None:
+    """As CSV, as JSON, and only some columns. What pandas reads back is what `load` gives."""
+    rows = leaderboard.load(str(done.storage))
+    asked = ("--columns", "method, score", "--storage", done.storage)
+
+    as_csv = pd.read_csv(io.StringIO(prunefleet("leaderboard", "--csv", *asked).out))
+    as_json = json.loads(prunefleet("leaderboard", "--json", "--storage", done.storage).out)
+    as_text = prunefleet("leaderboard", *asked).out.splitlines()
+    unknown = prunefleet("leaderboard", "--columns", "methd", "--storage", done.storage)
+
+    assert list(as_csv.columns) == ["method", "score"]
+    assert as_csv["score"].tolist() == pytest.approx(rows["score"].tolist())
+    assert [one["job_key"] for one in as_json] == rows["job_key"].tolist()
+    assert as_text[0].split() == ["method", "score"]
+    assert len(as_text) == 1 + len(rows)
+    assert unknown.code == 2
+    assert "methd" in unknown.err
 
 
 def test_leaderboard_without_results_says_so(tmp_path: Path) -> None:

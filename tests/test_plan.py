@@ -713,6 +713,15 @@ def test_a_calibrated_job_needs_more_memory_than_magnitude() -> None:
     assert estimate(wanda, set()).memory_gib > estimate(magnitude, set()).memory_gib > 0
 
 
+def test_a_slope_that_leaves_the_range_is_refused_with_the_steepest_that_does_not() -> None:
+    """A tower of demo has 4 blocks."""
+    grid = "{method: wanda, sparsity: 0.7, allocation: {name: atp, slope: %s}}"
+
+    with pytest.raises(SpecError, match=r"slope -0\.25 .* 4 blocks .* at most 0\.2 "):
+        planned(grid=grid % -0.25)
+    assert planned(grid=grid % 0.19)
+
+
 def test_a_plan_imports_nothing_heavy() -> None:
     """torch takes seconds, and about six processes of a run import the planner."""
     program = (

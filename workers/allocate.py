@@ -24,8 +24,9 @@ from jobs.allocation import (
     ModuleDropSpec,
     OWLSpec,
     SlimLLaVASpec,
+    steepest,
 )
-from jobs.errors import ModelError, NumericError
+from jobs.errors import NumericError
 from jobs.pattern import Target
 from jobs.spec import PruneSpec, Tower
 from workers.losses import Batch, answer_losses, mean_over_workers, pieces
@@ -259,31 +260,15 @@ def atp(question: Question) -> Answer:
     return Answer(sparsity, details)
 
 
-def steepest(sparsity: float, num_blocks: int) -> float:
-    """The largest step for which no block's sparsity leaves [0, 1]."""
-    return 2 * min(sparsity, 1 - sparsity) / (num_blocks - 1) if num_blocks > 1 else 0.0
-
-
 def progression(sparsity: float, slope: float, num_blocks: int) -> list[float]:
     """Each block's sparsity: in steps of `slope`, `sparsity` on average."""
     return [sparsity + slope * (index - (num_blocks - 1) / 2) for index in range(num_blocks)]
 
 
 def _sloped(question: Question, layers: Sequence[Layer], slope: float) -> dict[str, float]:
-    """A tower's sparsities under a slope.
-
-    Raises:
-        ModelError: a slope that would empty a block or fill it beyond its size.
-    """
-    tower = layers[0].tower
-    asked, num_blocks = question.spec.sparsity[tower], len(by_block(layers))
-    limit = steepest(asked, num_blocks)
-    if abs(slope) > limit:
-        raise ModelError(
-            f"grid.allocation: atp: slope {slope:g} takes the {tower} tower's {num_blocks} blocks "
-            f"out of [0, 1] at sparsity {asked:g}; at most {limit:g} does not"
-        )
-    by_index = progression(asked, slope, num_blocks)
+    """A tower's sparsities under a slope."""
+    asked = question.spec.sparsity[layers[0].tower]
+    by_index = progression(asked, slope, len(by_block(layers)))
     wishes = [1 - by_index[layer.block] for layer in layers]
     return _to_budget(layers, wishes, 1 - asked)
 
