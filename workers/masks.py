@@ -44,6 +44,10 @@ def keep_mask(saliency_OI: Tensor, target: Target, *, compare: Compare = "row") 
     if pattern.kept is not None and pattern.group is not None:
         pattern.check_inputs(saliency_OI.shape[1], "keep_mask")
         num_dropped = pattern.group - pattern.kept
+        if saliency_OI.device.type == "cpu" and saliency_OI.dtype in (torch.float32, torch.float64):
+            from workers.masks_numba import keep_in_groups  # compilers take their time
+
+            return keep_in_groups(saliency_OI, pattern.group, num_dropped)
         members_GM = saliency_OI.reshape(-1, pattern.group)
         keeps = [rank_in_groups(some.T) >= num_dropped for some in torch.split(members_GM, 2**18)]
         return torch.cat(keeps, dim=1).T.reshape(saliency_OI.shape)

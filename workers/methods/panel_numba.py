@@ -12,7 +12,7 @@ import torch
 from numba import prange
 from torch import Tensor
 
-from workers.methods.compiled import compiled
+from workers.compiled import compiled
 
 BLOCK = 64
 """Output features that go from the first column to the last while they stay in the cache."""

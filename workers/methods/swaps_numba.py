@@ -10,7 +10,7 @@ from numba import njit, prange
 from torch import Tensor
 
 from jobs.methods import SparseSwapsSpec
-from workers.methods.compiled import compiled
+from workers.compiled import compiled
 from workers.methods.sparseswaps import TOLERANCE
 
 
