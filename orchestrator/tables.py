@@ -16,12 +16,10 @@ from rich.console import Console
 from jobs.result import Weights
 from orchestrator.terminal import visible
 
-JOB_COLUMNS = (
-    *("model", "method", "pattern", "allocation", "refine", "propagate"),
-    *("samples", "tokens"),
-    *("vision", "language", "repair", "seed"),
-)
+JOB_COLUMNS = ("model", "method", "pattern", "vision", "language", "repair", "seed")
 """What tells jobs apart. A column in which all agree is said once, above the table."""
+OPTIONAL_COLUMNS = ("allocation", "refine", "propagate", "samples", "tokens")
+"""The same among those it applies to: the dense model has no calibration."""
 
 Row = dict[Hashable, Any]
 SORT_BY = ["model", "sparsity", "pattern", "method", "allocation", "refine", "repair", "seed"]
@@ -60,13 +58,17 @@ def _print_without_result(
 
 def _print_table(title: str, jobs: list[dict[str, str]], console: Console) -> None:
     line_width = console.width if console.is_terminal else sys.maxsize
-    foldable = list(JOB_COLUMNS)
+    foldable = [name for name in jobs[0] if name in JOB_COLUMNS + OPTIONAL_COLUMNS]
     if any(job["pruned"] or job["repaired"] for job in jobs):
         foldable.append("dense")
-    shared = [name for name in foldable if len({job[name] for job in jobs}) == 1]
-    said = {name: jobs[0][name] for name in shared if jobs[0][name]}
+    values = {name: {job[name] for job in jobs} for name in foldable}
+    for name in OPTIONAL_COLUMNS:
+        values[name].discard("")
+    shared = [name for name in foldable if len(values[name]) <= 1]
+    said = {name: max(values[name], default="") for name in shared}
     _print_line(title, console, style="bold")
-    for line in _wrapped([f"{name} {value}" for name, value in said.items()], line_width):
+    words = [f"{name} {value}" for name, value in said.items() if value]
+    for line in _wrapped(words, line_width):
         _print_line(line, console, style="dim")
     names = [name for name in jobs[0] if name not in shared and any(job[name] for job in jobs)]
     widths = {name: max(len(name), *(len(job[name]) for job in jobs)) for name in names}
