@@ -31,6 +31,7 @@ from jobs.storage import Storage
 from orchestrator.admission import TRIAL_MEMORY, Node, Queue, check_feasible, need_of, tell
 from orchestrator.doctor import require_shared_storage
 from orchestrator.fleet import Fleet
+from orchestrator.orphans import Orphans
 from orchestrator.retry import Attempt
 from orchestrator.settle import fail, settle
 from workers.keys import TRAIN_FOLDER, stalled_path
@@ -192,7 +193,12 @@ def _run_trials(jobs: Sequence[JobSpec], storage: Storage, on_settled: OnSettled
         def __reduce__(self) -> Any:
             return Searcher, ()
 
+    orphans = Orphans()
+
     class Report(tune.Callback):  # type: ignore[misc]
+        def on_step_begin(self, iteration: int, trials: Any, **_: Any) -> None:
+            orphans.free()
+
         def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
             self.ended(trial, JobResult.from_mapping(trial.last_result["result"]))
 
@@ -311,7 +317,7 @@ def _fit(job: JobSpec, storage: Storage, attempt: Attempt) -> JobResult:
     )
     try:
         result = JobResult.from_mapping(trainer.fit().return_value)
-    except ray.train.TrainingFailedError as error:
+    except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
         raise _stalled(job, storage) or _cause(error, job) from error
     storage.remove_folder(f"{TRAIN_FOLDER}/{name}")
     return result
@@ -335,7 +341,10 @@ DEATHS: list[tuple[str, type[PrunefleetError]]] = [
 
 
 def _cause(error: Exception, job: JobSpec) -> Exception:
-    """What a worker raised, out of what Ray Train wraps it in; or that one died, or never began."""
+    """What a worker raised, out of what Ray Train wraps it in; or that one died, or never began.
+
+    Where the run's controller died, which only our actor waited for, nobody is left to wrap.
+    """
     failures = list(getattr(error, "worker_failures", {}).values())
     raised = [getattr(failure, "_base_exc", None) for failure in failures]
     for inner in raised:
@@ -357,4 +366,4 @@ def _cause(error: Exception, job: JobSpec) -> Exception:
     for pattern, kind in DEATHS:
         if re.search(pattern, told):
             return kind(f"a worker of the job is gone: {error}")
-    return LostError(f"a worker of the job died: {error}")
+    return LostError(f"a worker of the job, or who watched over it, died: {error}")

@@ -9,14 +9,14 @@ from tests.chaos.world import World
 
 
 @pytest.mark.ray
-def test_a_run_survives_the_loss_of_a_worker_and_of_a_trial_actor(tmp_path: Path) -> None:
+def test_a_run_survives_the_loss_of_each_of_its_processes(tmp_path: Path) -> None:
     """Nobody runs the command again: the same run retries, and frees what the dead ones held."""
     world = World.make(tmp_path / "world")
 
     with cluster() as one:
         run = command(world, "killed", one)
-        assert one.kill("train worker", while_alive=run), world.log.read_text()[-3000:]
-        assert one.kill("trial actor", while_alive=run), world.log.read_text()[-3000:]
+        for what in ("train worker", "trial actor", "train controller"):
+            assert one.kill(what, while_alive=run), world.log.read_text()[-3000:]
         code = run.wait(timeout=900)
         held = one.wait_until_free()
 
