@@ -5,7 +5,10 @@ that dies before that the reservation stays, granted or still asked for, until t
 the driver waits for the room that it takes.
 """
 
+import logging
 import time
+
+log = logging.getLogger("prunefleet")
 
 LOOK_EVERY_S = 5.0
 
@@ -30,9 +33,8 @@ class Orphans:
         job = bytes.fromhex(ray.get_runtime_context().get_job_id())
         for data in state._connect_and_get_accessor().get_placement_group_table():
             group = PlacementGroupTableData.FromString(data)
+            is_held = group.creator_job_id == job and group.state != PlacementGroupTableData.REMOVED
             by_an_actor = any(byte != 0xFF for byte in group.creator_actor_id)  # else by us
-            lost_its_actor = (
-                group.creator_job_id == job and by_an_actor and group.creator_actor_dead
-            )
-            if lost_its_actor and group.state != PlacementGroupTableData.REMOVED:
+            if is_held and by_an_actor and group.creator_actor_dead:
+                log.warning("freeing what a dead Train run had reserved")
                 remove_placement_group(PlacementGroup(PlacementGroupID(group.placement_group_id)))
