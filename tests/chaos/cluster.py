@@ -42,6 +42,8 @@ TITLES = {
 """How Ray names its processes."""
 PATIENCE = {"RAY_raylet_start_wait_time_s": "300", "RAY_agent_register_timeout_ms": "300000"}
 """For a machine that has more to do than us."""
+ENDED_WITHIN_S = 180.0
+"""Ray's own processes when a driver that had started them is killed: they look now and then."""
 FREED_WITHIN_S = 60.0
 """A placement group whose owner was killed: a process of Ray's polls for that."""
 
@@ -176,7 +178,7 @@ def _kill_outside(world: World, storage: str, dice: random.Random) -> Counter[st
         run.kill()
         run.wait()
         found["kill driver"] += 1
-        left = psutil.wait_procs(family, timeout=60)[1]
+        left = psutil.wait_procs(family, timeout=ENDED_WITHIN_S)[1]
         assert not left, f"a killed driver left processes behind: {left}"
     with cluster() as one:
         run = command(world, storage, one)
