@@ -31,9 +31,9 @@ from jobs.storage import Storage
 from orchestrator.admission import TRIAL_MEMORY, Node, Queue, check_feasible, need_of, tell
 from orchestrator.doctor import require_shared_storage
 from orchestrator.fleet import Fleet
-from orchestrator.orphans import Orphans
 from orchestrator.retry import Attempt
 from orchestrator.settle import fail, settle
+from orchestrator.upkeep import Upkeep
 from workers.keys import TRAIN_FOLDER, stalled_path
 
 TUNE_FOLDER = "ray/tune"
@@ -193,11 +193,11 @@ def _run_trials(jobs: Sequence[JobSpec], storage: Storage, on_settled: OnSettled
         def __reduce__(self) -> Any:
             return Searcher, ()
 
-    orphans = Orphans()
+    upkeep = Upkeep()
 
     class Report(tune.Callback):  # type: ignore[misc]
         def on_step_begin(self, iteration: int, trials: Any, **_: Any) -> None:
-            orphans.free()
+            upkeep.see_to_it()
 
         def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
             self.ended(trial, JobResult.from_mapping(trial.last_result["result"]))

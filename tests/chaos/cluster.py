@@ -184,9 +184,5 @@ def _kill_outside(world: World, storage: str, dice: random.Random) -> Counter[st
         run = command(world, storage, one)
         time.sleep(dice.uniform(20, 40))
         found["kill raylet"] += one.kill("raylet/raylet", while_alive=run, within_s=10)
-        try:
-            run.wait(timeout=300)
-        except subprocess.TimeoutExpired:
-            print("the command did not notice that its node died; killed")
-            run.kill()
+        run.wait(timeout=300)
     return found
