@@ -73,7 +73,8 @@ class SparseGPTSpec(MethodOptions):
     paper). `layer`: as many as would go if the whole layer were ranked, fewer in the last panels,
     whose loss no later column makes up for."""
     damping: float = Field(default=0.01, gt=0)
-    """Added to the Hessian's diagonal. Where that does not do, 0.1 and 1 are tried."""
+    """Added to the Hessian's diagonal. Where that does not do, 0.1 and 1 are tried. Raise it to 0.1
+    where there are fewer calibration tokens than 4 times the inputs."""
     damping_rule: Literal["normalised", "reference"] = "normalised"
     """A share of each input's own energy, or (the paper) of the mean over the inputs, which drowns
     ordinary inputs where a few loud ones dominate."""
