@@ -17,6 +17,7 @@ from workers.compiled import compiled
 BLOCK = 64
 """Output features that go from the first column to the last while they stay in the cache."""
 TILE = 64
+"""Rows and columns that are transposed together."""
 LEAF = 8
 """Columns that see the earlier ones' losses at once, unstructured. Under N:M it is M."""
 
@@ -41,8 +42,10 @@ def walk_panel(
 
 
 def transposed(matrix: Tensor) -> Tensor:
-    """A copy, in order; three times as fast as torch's. Rows and columns in strides of 2048 numbers
-    would all fall into one cache set, so it goes by small tiles."""
+    """A copy of a matrix, (A, B) to (B, A), in order, of any type of 1 to 8 bytes.
+
+    By small tiles: numbers in strides of 2048 would all fall into one cache set.
+    """
     of_size = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     bits = of_size[matrix.element_size()]
     result = matrix.new_empty(matrix.shape[1], matrix.shape[0])

@@ -48,8 +48,11 @@ def swap_in_torch(
     """Make each row's best swap, of all rows at once, as long as one of them gains.
 
     Args:
-        keep_OI: is changed in place.
-        lost_OI: r G for each row. Is changed in place.
+        trained_OI: float32, (O, I).
+        gram_II: of the inputs, float32, (I, I).
+        keep_OI: the mask to start from, bool. Is changed in place.
+        lost_OI: r G for each row, float32. Is changed in place.
+        group: M of N:M; None: any pair in a row may swap.
     """
     own_OI = trained_OI.square() * gram_II.diagonal()
     rows_O = torch.arange(len(trained_OI), device=trained_OI.device)
