@@ -120,7 +120,10 @@ class SlimLLaVASpec(BudgetedSpec):
     reach: float = Field(default=0.2, gt=0, lt=1)
     """How far from it at most."""
     num_samples: int = Field(default=64, ge=2)
-    """Calibration samples that candidates are judged on."""
+    """Samples that candidates are judged on."""
+    judged_on: Literal["calibration", "unseen"] = "calibration"
+    """`unseen`: samples that the bank was not calibrated on. SparseGPT's weights fit the others, and
+    a candidate's loss on them says less."""
     early_samples: int = Field(default=16, ge=0)
     """On how many of them a candidate is tried first; the worse half goes no further. 0: none."""
     batch_size: int = Field(default=16, ge=1)

@@ -265,7 +265,7 @@ def _check_job(job: JobSpec) -> None:
     if job.prune is not None:
         _check_pattern(job.prune, facts)
         if isinstance(job.prune.allocation, SlimLLaVASpec):
-            _check_search(job.prune.allocation, job.calibration.dataset, facts)
+            _check_search(job.prune.allocation, job.calibration, facts)
         if isinstance(job.prune.allocation, ATPSpec):
             _check_slope(job.prune.allocation, job.prune.sparsity, facts)
     if job.is_calibrated:
@@ -317,7 +317,8 @@ def _check_calibration(job: JobSpec) -> None:
         )
 
 
-def _check_search(spec: SlimLLaVASpec, dataset: DatasetSpec, facts: ModelFacts) -> None:
+def _check_search(spec: SlimLLaVASpec, calibration: CalibrationSpec, facts: ModelFacts) -> None:
+    dataset = calibration.dataset
     if spec.projector_every and not ("vision" in facts.towers and _has_images(dataset)):
         lacking = "images" if "vision" in facts.towers else "projector"
         where = dataset.label if lacking == "images" else facts.spec.name
@@ -326,10 +327,12 @@ def _check_search(spec: SlimLLaVASpec, dataset: DatasetSpec, facts: ModelFacts) 
             "projector_every: 0"
         )
     available = _num_samples(dataset, "train")
-    if spec.num_samples > available and not dataset.is_text:
+    seen = calibration.num_samples if spec.judged_on == "unseen" else 0
+    if seen + spec.num_samples > available and not dataset.is_text:
+        beside = f" beside calibration's {seen}" if seen else ""
         raise DataError(
-            f"grid.allocation: slimllava: num_samples is {spec.num_samples}, and {dataset.label} "
-            f"has {available} samples"
+            f"grid.allocation: slimllava: num_samples is {spec.num_samples}{beside}, and "
+            f"{dataset.label} has {available} samples"
         )
 
 

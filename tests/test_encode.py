@@ -196,6 +196,17 @@ def test_the_seed_chooses_the_samples(encoder: Encoder) -> None:
         assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_others_can_be_chosen_than_were_chosen_before(encoder: Encoder) -> None:
+    """All but 2 of the samples, and then those 2."""
+    before = Encoded(encoder, EASY, count=38_573, length=8, seed=0)
+    others = Encoded(encoder, EASY, count=2, length=8, seed=0, unlike=38_573)
+
+    identities = {id(sample) for sample in before.chosen}
+    assert not any(id(sample) in identities for sample in others.chosen)
+    with pytest.raises(DataError, match="38573 and then 3 were asked for"):
+        Encoded(encoder, EASY, count=3, length=8, seed=0, unlike=38_573)
+
+
 def test_text_is_cut_into_windows_of_one_length(encoder: Encoder) -> None:
     """Every token of them is learnt: plain text has no question."""
     windows = Encoded(encoder, DOCS, count=3, length=8, seed=0)

@@ -318,6 +318,8 @@ def test_a_search_that_cannot_be_is_refused_by_the_plan(model: Path) -> None:
     """Not after the statistics and the bank have been paid for."""
     with pytest.raises(DataError, match="num_samples is 99999"):
         planned(model, ("num_samples: 6, early", "num_samples: 99999, early"))
+    with pytest.raises(DataError, match="38570 beside calibration's 6, and easy-vqa has 38575"):
+        planned(model, ("num_samples: 6, early", "judged_on: unseen, num_samples: 38570, early"))
     text = (
         ("dataset: easy-vqa, num_samples: 6,", "dataset: python-docs, num_samples: 6,"),
         ("sparsity: 0.5", "sparsity: 0.5\n  towers: language"),

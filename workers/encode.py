@@ -145,11 +145,13 @@ class Encoded(Sequence[dict[str, Tensor]]):
         count: int,
         length: int,
         seed: int,
+        unlike: int = 0,
         or_all: bool = False,
     ) -> None:
         """Choose `count` samples of the train split, or windows of `length` tokens of plain text.
 
         Args:
+            unlike: choose from what is left when as many were chosen with this seed before.
             or_all: take what there is where there is less.
 
         Raises:
@@ -162,12 +164,16 @@ class Encoded(Sequence[dict[str, Tensor]]):
         )
         if or_all and everything:
             count = min(count, len(everything))
-        if count > len(everything):
+        if unlike + count > len(everything):
             raise DataError(
                 f"{dataset.label} has {len(everything)} "
-                f"{'windows of text' if dataset.is_text else 'samples'}, {count} were asked for"
+                f"{'windows of text' if dataset.is_text else 'samples'}, "
+                f"{f'{unlike} and then ' if unlike else ''}{count} were asked for"
             )
-        self.chosen = random.Random(seed).sample(list(everything), count)
+        indices = range(len(everything))
+        others = set(random.Random(seed).sample(indices, unlike))
+        left = [index for index in indices if index not in others]
+        self.chosen = [everything[index] for index in random.Random(seed).sample(left, count)]
 
     def __len__(self) -> int:
         return len(self.chosen)

@@ -115,6 +115,7 @@ def _samples(question: Question, spec: SlimLLaVASpec) -> dict[Part, list[Batch]]
         count=spec.num_samples,
         length=calibration.sequence_length,
         seed=question.seed,
+        unlike=calibration.num_samples if spec.judged_on == "unseen" else 0,
     )
     samples = list(chosen)
     first = spec.early_samples or len(samples)
