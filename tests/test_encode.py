@@ -196,15 +196,20 @@ def test_the_seed_chooses_the_samples(encoder: Encoder) -> None:
         assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_others_can_be_chosen_than_were_chosen_before(encoder: Encoder) -> None:
-    """All but 2 of the samples, and then those 2."""
-    before = Encoded(encoder, EASY, count=38_573, length=8, seed=0)
-    others = Encoded(encoder, EASY, count=2, length=8, seed=0, unlike=38_573)
+def test_others_can_be_chosen_than_were_chosen_before(encoder: Encoder, tmp_path: Path) -> None:
+    colors = "red blue green teal gray black yellow".split()
+    (tmp_path / "t.txt").write_text(" ".join(colors))
+    spec = DatasetSpec(format="text", path=str(tmp_path / "t.txt"))
 
-    identities = {id(sample) for sample in before.chosen}
-    assert not any(id(sample) in identities for sample in others.chosen)
-    with pytest.raises(DataError, match="38573 and then 3 were asked for"):
-        Encoded(encoder, EASY, count=3, length=8, seed=0, unlike=38_573)
+    def chosen(count: int, *, unlike: int) -> set[str]:
+        windows = Encoded(encoder, spec, count=count, length=1, seed=0, unlike=unlike)
+        return {encoder.tokenizer.decode(window) for window in windows.chosen}
+
+    before, others = chosen(4, unlike=0), chosen(3, unlike=4)
+    assert (len(before), len(others)) == (4, 3)
+    assert before | others == set(colors)
+    with pytest.raises(DataError, match="7 windows of text, 4 and then 4 were asked for"):
+        chosen(4, unlike=4)
 
 
 def test_text_is_cut_into_windows_of_one_length(encoder: Encoder) -> None:
