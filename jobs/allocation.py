@@ -122,8 +122,8 @@ class SlimLLaVASpec(BudgetedSpec):
     num_samples: int = Field(default=64, ge=2)
     """Samples that candidates are judged on."""
     judged_on: Literal["calibration", "unseen"] = "calibration"
-    """`unseen`: samples that the bank was not calibrated on. SparseGPT's weights fit the others, and
-    a candidate's loss on them says less."""
+    """`unseen`: samples that the bank was not calibrated on. SparseGPT's weights are fitted to the
+    others, on which a candidate's loss says less."""
     early_samples: int = Field(default=16, ge=0)
     """On how many of them a candidate is tried first; the worse half goes no further. 0: none."""
     batch_size: int = Field(default=16, ge=1)

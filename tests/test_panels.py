@@ -39,7 +39,7 @@ def a_panel(num_columns, num_outputs, dtype):
     inverse_PP = noise_PP.triu(1) + torch.diag(torch.linspace(1, 3, num_columns))
     current_PO = torch.randn(num_columns, num_outputs, generator=generator)
     drop_PO = torch.rand(num_columns, num_outputs, generator=generator) < 0.5
-    return current_PO.to(dtype), inverse_PP.to(dtype), drop_PO.to(dtype)
+    return current_PO.to(dtype), inverse_PP.to(dtype), drop_PO
 
 
 @pytest.mark.parametrize("group", GROUPS.values(), ids=GROUPS.keys())
@@ -48,17 +48,18 @@ def test_a_compiled_walk_equals_plain_torch(compiled, group, dtype):
     """24 columns are no power of two, and the outputs are a few more than one block."""
     current_PO, inverse_PP, drop_PO = a_panel(24, compiled.BLOCK + 4, dtype)
     if group[0]:
-        drop_PO.fill_(torch.nan)  # is written, not read
+        drop_PO.fill_(True)  # is written, not read
     results = []
     for module in (panel_torch, compiled):
-        walked_PO, dropped_PO = current_PO.clone(), drop_PO.clone()
-        lost_PO = module.walk_panel(walked_PO, inverse_PP, dropped_PO, *group)
-        results.append((dropped_PO, walked_PO, lost_PO))
+        pruned_PO, dropped_PO = current_PO.clone(), drop_PO.clone()
+        module.walk_panel(pruned_PO, inverse_PP, dropped_PO, *group)
+        results.append((pruned_PO, dropped_PO))
 
-    assert torch.equal(results[0][0], results[1][0])
+    (expected_PO, expected_drop_PO), (found_PO, found_drop_PO) = results
+    assert torch.equal(found_drop_PO, expected_drop_PO)
+    assert not found_PO[found_drop_PO].any()
     tolerance = 1e-5 if dtype == torch.float32 else 1e-13
-    for expected_PO, found_PO in zip(*results, strict=True):
-        assert torch.allclose(found_PO, expected_PO, rtol=0, atol=tolerance)
+    assert torch.allclose(found_PO, expected_PO, rtol=0, atol=tolerance)
 
 
 def test_a_walk_without_a_group_may_have_any_number_of_columns(compiled):
@@ -73,11 +74,11 @@ def test_a_walk_without_a_group_may_have_any_number_of_columns(compiled):
 
 def test_among_equals_in_a_group_the_first_goes(compiled):
     current_PO = torch.ones(4, 1)
-    drop_PO = torch.empty(4, 1)
+    drop_PO = torch.empty(4, 1, dtype=torch.bool)
 
     compiled.walk_panel(current_PO, torch.eye(4), drop_PO, 4, 2)
 
-    assert drop_PO[:, 0].tolist() == [1, 1, 0, 0]
+    assert drop_PO[:, 0].tolist() == [True, True, False, False]
 
 
 @pytest.mark.parametrize("kept_of", [None, (2, 4)])
@@ -112,8 +113,8 @@ def compile_for_gpus(group: int, num_dropped: int) -> list[str]:
     from triton.compiler import ASTSource, compile
 
     module = importlib.import_module(TRITON)
-    pointers = ("current", "dropped", "drop", "push", "cost")
-    signature = {f"{name}_ptr": "*fp32" for name in pointers}
+    signature = {f"{name}_ptr": "*fp32" for name in ("current", "drop", "push", "cost")}
+    signature["drop_ptr"] = "*i1"
     signature |= {"num_columns": "i32", "num_outputs": "i32"}
     constants = {"PADDED": 128, "GROUP": group or 1, "NUM_DROPPED": num_dropped}
     constants["BLOCK"] = module.BLOCK

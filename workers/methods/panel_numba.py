@@ -24,39 +24,32 @@ LEAF = 8
 
 def walk_panel(
     current_PO: Tensor, inverse_PP: Tensor, drop_PO: Tensor, group: int, num_dropped: int
-) -> Tensor:
+) -> None:
     """The same as `panel_torch.walk_panel`, up to rounding."""
-    dropped_PO = torch.empty_like(current_PO)
     diagonal_P = inverse_PP.diagonal()
     push_PP = (inverse_PP / -diagonal_P[:, None]).T.contiguous()  # row j: what pushes column j
     _walk(
         current_PO.numpy(),
-        dropped_PO.numpy(),
         drop_PO.numpy(),
         push_PP.numpy(),
         diagonal_P.pow(-2).numpy(),
         group or LEAF,
         num_dropped,
     )
-    return dropped_PO
 
 
-def transposed(matrix: Tensor) -> Tensor:
-    """A copy of a matrix, (A, B) to (B, A), in order, of any type of 1 to 8 bytes.
+def transpose(matrix: Tensor, result: Tensor) -> None:
+    """Write a matrix of any type of 1 to 8 bytes, (A, B), into one of (B, A).
 
     By small tiles: numbers in strides of 2048 would all fall into one cache set.
     """
     of_size = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     bits = of_size[matrix.element_size()]
-    result = matrix.new_empty(matrix.shape[1], matrix.shape[0])
     _transpose(matrix.view(bits).numpy(), result.view(bits).numpy())
-    return result
 
 
 @compiled
-def _walk(
-    current: Any, dropped: Any, drop: Any, push: Any, cost: Any, leaf: int, num_dropped: int
-) -> None:
+def _walk(current: Any, drop: Any, push: Any, cost: Any, leaf: int, num_dropped: int) -> None:
     """Loops over lanes are innermost and of fixed length: those become vector instructions."""
     num_columns, num_outputs = current.shape
     number = current.dtype.type
@@ -69,7 +62,9 @@ def _walk(
         for i in range(num_columns):
             for t in range(lanes):
                 work[i, t] = current[i, top + t]
-                gate[i, t] = drop[i, top + t]
+            if not num_dropped:
+                for t in range(lanes):
+                    gate[i, t] = drop[i, top + t]
         for low in range(0, num_columns, leaf):
             high = min(low + leaf, num_columns)
             for j in range(low, high):
@@ -112,9 +107,10 @@ def _walk(
                         work[j, t] += a * gone[i, t]
         for i in range(num_columns):
             for t in range(lanes):
-                current[i, top + t] = work[i, t]
-                dropped[i, top + t] = gone[i, t]
-                drop[i, top + t] = gate[i, t]
+                current[i, top + t] = work[i, t] - gone[i, t]
+            if num_dropped:
+                for t in range(lanes):
+                    drop[i, top + t] = gate[i, t] != 0
 
 
 @compiled

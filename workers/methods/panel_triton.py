@@ -17,16 +17,14 @@ BLOCK = 16
 
 def walk_panel(
     current_PO: Tensor, inverse_PP: Tensor, drop_PO: Tensor, group: int, num_dropped: int
-) -> Tensor:
+) -> None:
     """The same as `panel_torch.walk_panel`, up to rounding."""
     num_columns, num_outputs = current_PO.shape
     diagonal_P = inverse_PP.diagonal()
     push_PP = (inverse_PP / -diagonal_P[:, None]).contiguous()
-    dropped_PO = torch.empty_like(current_PO)
     with torch.cuda.device_of(current_PO):  # type: ignore[no-untyped-call]
         _walk[(triton.cdiv(num_outputs, BLOCK),)](
             current_PO,
-            dropped_PO,
             drop_PO,
             push_PP,
             diagonal_P.pow(-2),
@@ -37,13 +35,11 @@ def walk_panel(
             NUM_DROPPED=num_dropped,
             BLOCK=BLOCK,
         )
-    return dropped_PO
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _walk(  # type: ignore[no-untyped-def]
     current_ptr,
-    dropped_ptr,
     drop_ptr,
     push_ptr,
     cost_ptr,
@@ -62,7 +58,7 @@ def _walk(  # type: ignore[no-untyped-def]
     exists_PB = (columns_P < num_columns)[:, None] & (outputs_B < num_outputs)[None, :]
     current_PB = tl.load(current_ptr + here_PB, mask=exists_PB, other=0.0)
     if NUM_DROPPED == 0:
-        drop_PB = tl.load(drop_ptr + here_PB, mask=exists_PB, other=0.0)
+        drop_PB = tl.load(drop_ptr + here_PB, mask=exists_PB, other=0).to(current_PB.dtype)
     else:
         drop_PB = tl.zeros_like(current_PB)
         cost_P = tl.load(cost_ptr + columns_P, mask=columns_P < num_columns, other=0.0)
@@ -86,7 +82,6 @@ def _walk(  # type: ignore[no-untyped-def]
             later_P = (columns_P > i) & (columns_P < num_columns)
             push_P = tl.load(push_ptr + i * num_columns + columns_P, mask=later_P, other=0.0)
             current_PB += push_P[:, None] * lost_B[None, :]
-    tl.store(current_ptr + here_PB, current_PB, mask=exists_PB)
-    tl.store(dropped_ptr + here_PB, current_PB * drop_PB, mask=exists_PB)
+    tl.store(current_ptr + here_PB, current_PB - current_PB * drop_PB, mask=exists_PB)
     if NUM_DROPPED > 0:
-        tl.store(drop_ptr + here_PB, drop_PB, mask=exists_PB)
+        tl.store(drop_ptr + here_PB, drop_PB != 0, mask=exists_PB)

@@ -28,7 +28,7 @@ from workers.methods.common import Pruned, need
 from workers.methods.hessian import Factor, factor_hessian
 from workers.statistics import Statistics
 
-WalkPanel = Callable[[Tensor, Tensor, Tensor, int, int], Tensor]
+WalkPanel = Callable[[Tensor, Tensor, Tensor, int, int], None]
 """See `panel_torch.walk_panel`."""
 
 
@@ -52,68 +52,75 @@ def prune_sparsegpt(
         panel=max(options.block_size - options.block_size % group, group),
         dtype=torch.float64 if weights[0].dtype == torch.float64 else torch.float32,
     )
-    # transposed once for all panels, so that whatever follows touches consecutive memory
-    stacked_OI = weights[0].detach() if len(weights) == 1 else torch.cat(list(weights))
-    trained_IO = _transposed(stacked_OI.to(factor.above_II.dtype))
+    several = len(weights) > 1
+    stacked_OI = torch.cat(list(weights)) if several else weights[0].detach()
+    trained_OI = stacked_OI.to(factor.above_II.dtype)
     dead_I = statistics.gram_II.diagonal() == 0
     if dead_I.any():
-        trained_IO[dead_I] = 0
+        trained_OI = trained_OI.masked_fill(dead_I, 0)
     sizes = [len(weight) for weight in weights]
-    pruned_IO, drop_IO = _walk_panels(trained_IO, factor, sizes, targets, options)
-    layers = zip(
-        weights, torch.split(pruned_IO, sizes, 1), torch.split(drop_IO == 0, sizes, 1), strict=True
-    )
-    return [
-        Pruned(_transposed(pruned_IO.to(weight.dtype)), _transposed(keep_IO), damping)
-        for weight, pruned_IO, keep_IO in layers
+    pruned_OI, keep_OI = _walk_panels(trained_OI, factor, sizes, targets, options)
+    layers = zip(weights, torch.split(pruned_OI, sizes), torch.split(keep_OI, sizes), strict=True)
+    return [  # copied, or each would keep them all alive
+        Pruned(layer_OI.to(weight.dtype, copy=several), mask_OI.to(copy=several), damping)
+        for weight, layer_OI, mask_OI in layers
     ]
 
 
-def _transposed(matrix: Tensor) -> Tensor:
-    """A copy, in order."""
-    if matrix.device.type != "cpu":
-        return matrix.T.contiguous()
-    from workers.methods.panel_numba import transposed
-
-    return transposed(matrix)
-
-
 def _walk_panels(
-    trained_IO: Tensor,
+    trained_OI: Tensor,
     factor: Factor,
     sizes: list[int],
     targets: Sequence[Target],
     options: SparseGPTSpec,
 ) -> tuple[Tensor, Tensor]:
-    """The pruned weights, and 1 where one is dropped; a float, to multiply with."""
-    # until its turn, a row of it holds the sum of R_ij D_i
-    pruned_IO = torch.zeros_like(trained_IO)
-    drop_IO = torch.empty_like(trained_IO)
+    """The pruned weights, and the mask. A panel is transposed while it is worked on."""
+    pruned_OI = trained_OI.new_empty(trained_OI.shape)
+    keep_OI = trained_OI.new_empty(trained_OI.shape, dtype=torch.bool)
+    pushed_IO = trained_OI.new_zeros(trained_OI.shape[::-1])  # the sum of R_ij D_i so far
     kept, group = targets[0].pattern.kept, targets[0].pattern.group
     num_dropped = group - kept if group and kept else 0
-    layers = zip(torch.split(trained_IO, sizes, 1), targets, strict=True)
+    layers = zip(torch.split(trained_OI, sizes), targets, strict=True)
     budgets = [
-        [] if num_dropped else _budgets(layer_IO, factor, target, options)
-        for layer_IO, target in layers
+        [] if num_dropped else _budgets(layer_OI, factor, target, options)
+        for layer_OI, target in layers
     ]
-    walk_panel = panel_walker(trained_IO.device)
+    walk_panel = panel_walker(trained_OI.device)
     start = 0
     for number, inverse_PP in enumerate(factor.inverses):
         stop = start + len(inverse_PP)
-        trained_PO, pruned_PO = trained_IO[start:stop], pruned_IO[start:stop]
-        drop_PO = drop_IO[start:stop]
-        current_PO = torch.addmm(trained_PO, inverse_PP.T, pruned_PO)
+        trained_PO = _transposed(trained_OI[:, start:stop])
+        current_PO = torch.addmm(trained_PO, inverse_PP.T, pushed_IO[start:stop])
+        drop_PO = torch.empty_like(current_PO, dtype=torch.bool)
         if not num_dropped:
             saliency_PO = (current_PO / inverse_PP.diagonal()[:, None]).square_()
             of_panel = [budget[number] for budget in budgets]
             _drop_in_panel(saliency_PO, sizes, of_panel, options.mode, out_PO=drop_PO)
-        dropped_PO = walk_panel(current_PO, inverse_PP, drop_PO, group or 0, num_dropped)
-        torch.sub(current_PO, dropped_PO, out=pruned_PO)
-        if stop < len(pruned_IO):
-            lost_PO = torch.sub(trained_PO, pruned_PO, out=current_PO)
-            pruned_IO[stop:].addmm_(factor.above_II[start:stop, stop:].T, lost_PO)
+        walk_panel(current_PO, inverse_PP, drop_PO, group or 0, num_dropped)
+        _transpose(current_PO, pruned_OI[:, start:stop])
+        _transpose(drop_PO.logical_not_(), keep_OI[:, start:stop])
+        if stop < len(pushed_IO):
+            lost_PO = trained_PO.sub_(current_PO)
+            pushed_IO[stop:].addmm_(factor.above_II[start:stop, stop:].T, lost_PO)
         start = stop
-    return pruned_IO, drop_IO
+    return pruned_OI, keep_OI
+
+
+def _transposed(matrix: Tensor) -> Tensor:
+    """A copy of (A, B), in order."""
+    result = matrix.new_empty(matrix.shape[::-1])
+    _transpose(matrix, result)
+    return result
+
+
+def _transpose(matrix: Tensor, result: Tensor) -> None:
+    """Write (A, B) into (B, A)."""
+    if matrix.device.type == "cpu":
+        from workers.methods.panel_numba import transpose
+
+        transpose(matrix, result)
+    else:
+        result.copy_(matrix.T)
 
 
 def panel_walker(device: torch.device) -> WalkPanel:
@@ -128,24 +135,24 @@ def panel_walker(device: torch.device) -> WalkPanel:
 
 
 def _budgets(
-    trained_IO: Tensor, factor: Factor, target: Target, options: SparseGPTSpec
+    trained_OI: Tensor, factor: Factor, target: Target, options: SparseGPTSpec
 ) -> list[int]:
     """How many weights one layer loses in each panel. They sum to round(sparsity * size).
 
     But in reference mode a panel's threshold takes one more, and ties.
     """
     widths = [len(inverse_PP) for inverse_PP in factor.inverses]
-    num_outputs = trained_IO.shape[1]
+    num_outputs = len(trained_OI)
     per_input = target.sparsity * num_outputs
     if options.mode == "reference":
         return [int(num_outputs * width * target.sparsity) + 1 for width in widths]
     if options.budget == "panel":
         return [b - a for a, b in pairwise(round(per_input * n) for n in accumulate([0, *widths]))]
     scale_I = torch.cat([inverse_PP.diagonal() for inverse_PP in factor.inverses])
-    saliency_IO = (trained_IO / scale_I[:, None]).square_()
-    drop_IO = drop_smallest(saliency_IO.view(1, -1), round(target.sparsity * saliency_IO.numel()))
-    panels = torch.split(drop_IO.view(saliency_IO.shape), widths)
-    return [int(drop_PO.count_nonzero()) for drop_PO in panels]
+    saliency_OI = (trained_OI / scale_I).square_()
+    drop_OI = drop_smallest(saliency_OI.view(1, -1), round(target.sparsity * saliency_OI.numel()))
+    panels = torch.split(drop_OI.view(saliency_OI.shape), widths, dim=1)
+    return [int(drop_OP.count_nonzero()) for drop_OP in panels]
 
 
 def _drop_in_panel(
