@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from jobs.errors import ModelError
 from jobs.methods import SparseGPTSpec, WandaSpec
@@ -52,6 +53,17 @@ def test_a_family_prunes_and_saves_a_folder_that_stock_transformers_loads(
     after = dict(loaded.module.named_parameters())
     untouched = before.keys() - {f"{name}.weight" for name in masks}
     assert all(torch.equal(before[name], after[name]) for name in untouched)
+
+
+def test_tied_weights_are_written_once_also_in_another_dtype(tmp_path: Path) -> None:
+    folder = make_tiny("llama", tmp_path / "tied", tie_word_embeddings=True)
+    model = load_model(folder, device=CPU, dtype=torch.bfloat16)
+
+    save_model(model, tmp_path / "saved")
+
+    written, saved = (load_file(at / "model.safetensors") for at in (folder, tmp_path / "saved"))
+    assert saved.keys() == written.keys()
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

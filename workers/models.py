@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from jobs.errors import ModelError
 from jobs.spec import Tower
@@ -146,10 +146,11 @@ def save_model(model: VisionLanguageModel, folder: Path) -> None:
     """Write a folder that stock `from_pretrained` loads, in the dtype of the original file."""
     dtype = getattr(torch, str(model.config.get("dtype") or model.config.get("torch_dtype")), None)
     module: Any = model.module
-    state = {
-        name: tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
-        for name, tensor in module.state_dict().items()
-    }
+    state = module.state_dict()
+    written: dict[tuple[int, torch.Size], Tensor] = {}
+    for name, tensor in state.items():
+        if dtype and tensor.is_floating_point():  # tied weights are one tensor, and stay one
+            state[name] = written.setdefault((tensor.data_ptr(), tensor.shape), tensor.to(dtype))
     module.save_pretrained(folder, state_dict=state, safe_serialization=True)
     model.processor.save_pretrained(folder)
     saved = config_of(folder)
