@@ -21,14 +21,14 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from jobs.errors import PrunefleetError, SpecError, StorageError
+from jobs.errors import LostError, PrunefleetError, SpecError, StorageError
 from jobs.spec import JobSpec
 from jobs.storage import Storage
 from orchestrator import doctor as physician
 from orchestrator import garbage
 from orchestrator import leaderboard as board
 from orchestrator import reproduce as anew
-from orchestrator.estimate import estimate
+from orchestrator.estimate import estimate, stored_gib
 from orchestrator.executors import Executor, InlineExecutor, RayExecutor
 from orchestrator.findings import Finding
 from orchestrator.history import draw_history
@@ -88,7 +88,7 @@ def main() -> None:
         app()
     except PrunefleetError as error:
         _print_error("error", error.message)
-        sys.exit(2)
+        sys.exit(3 if isinstance(error, LostError) else 2)
 
 
 @app.command()
@@ -103,12 +103,14 @@ def plan(
     done = _finished_stages(jobs, place)
     rows = [_plan_row(job, settled.get(job.key, "to do"), done) for job in jobs]
     shared = shared_stages(jobs)
+    missing = [job for job in jobs if settled.get(job.key) != "complete"]
+    stored = stored_gib(missing, done)
     if as_json:
         stages = [
             {"stage": name, "key": key, "jobs": count, "done": (name, key) in done}
             for (name, key), count in shared.items()
         ]
-        print(json.dumps({"jobs": rows, "stages": stages}, indent=1))
+        print(json.dumps({"jobs": rows, "stages": stages, "stored_gib": stored}, indent=1))
         return
     lines: list[tuple[str, ...]] = [("job", "what", "status", "memory", "time")]
     for row in rows:
@@ -119,7 +121,8 @@ def plan(
     _print_columns(lines)
     _print_line("")
     _print_columns(_sharing(shared, done))
-    _print_line(_costs(rows))
+    _print_line(_costs(rows, stored))
+    _warn_of_full_disk(place, stored)
 
 
 @app.command()
@@ -146,6 +149,7 @@ def run(
     )
     if missing:
         _check_storage(place)
+        _warn_of_full_disk(place, stored_gib(missing, _finished_stages(missing, place)))
         write_resolved(jobs, place)  # for `status` in another terminal
     started = time.time()
     progress = Progress(missing, place, console)
@@ -512,6 +516,21 @@ def _check_storage(storage: Storage) -> None:
         )
 
 
+def _warn_of_full_disk(storage: Storage, needed_gib: float) -> None:
+    """A full disk is met with a pause and a new attempt, but nobody wants to find out at night."""
+    if not storage.is_local:
+        return
+    folder = next(
+        path for path in (Path(storage.root), *Path(storage.root).parents) if path.exists()
+    )
+    free_gib = shutil.disk_usage(folder).free / 2**30
+    if needed_gib > free_gib:
+        _warn(
+            f"{storage.url} has {free_gib:.1f} GiB free, and this will write about "
+            f"{needed_gib:.1f} GiB. `prunefleet gc` shows what no result needs"
+        )
+
+
 def _cluster(address: str) -> RayJobs:
     """The cluster with this dashboard, with the token that Ray would use."""
     token = find_token(os.environ, Path.home())
@@ -625,7 +644,7 @@ def _sharing(
     return lines
 
 
-def _costs(rows: list[dict[str, Any]]) -> str:
+def _costs(rows: list[dict[str, Any]], stored: float) -> str:
     missing = [row for row in rows if row["status"] != "complete"]
     if not missing:
         return f"{len(rows)} jobs, all complete."
@@ -633,7 +652,7 @@ def _costs(rows: list[dict[str, Any]]) -> str:
     peak = max(row["memory_gib"] for row in missing)
     return (
         f"{len(rows)} jobs, {len(missing)} to run: about {seconds / 60:.0f} worker-minutes, up to "
-        f"{peak:.1f} GiB a worker (rough, from the model's shapes)."
+        f"{peak:.1f} GiB of memory a worker and {stored:.1f} GiB on disk (rough, from the shapes)."
     )
 
 

@@ -1,9 +1,10 @@
-"""How much memory and time a job will need, before it is paid for. Orders of magnitude.
+"""How much memory, time and disk jobs will need, before they are paid for. Orders of magnitude.
 
 From the shapes in the model's files alone: matrix products counted, divided by a rate that these
 machines reach. A stage that is there already costs nothing.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from jobs.allocation import (
@@ -50,6 +51,34 @@ def estimate(job: JobSpec, done: set[tuple[str, str]]) -> Estimate:
     )
 
 
+def stored_gib(jobs: Iterable[JobSpec], done: set[tuple[str, str]]) -> float:
+    """What the stages that are not done will leave in the storage, each of them once."""
+    stages = {stage: job for job in jobs for stage in StageKeys.of(job).all() if stage not in done}
+    return sum(_stored_bytes(name, job) for (name, _), job in stages.items()) / 2**30
+
+
+def _stored_bytes(stage: str, job: JobSpec) -> float:
+    facts = model_facts(job.model.model_copy(update={"fingerprint": None}))
+    if stage == "repair":
+        return facts.num_bytes
+    if job.prune is None:
+        return 0.0
+    towers = {tower for tower, sparsity in job.prune.sparsity.items() if sparsity}
+    layers = [(o, i) for tower, o, i in facts.prunable.values() if tower in towers]
+    if stage == "prune":
+        return facts.num_bytes + sum(outputs * inputs for outputs, inputs in layers) / 8
+    if stage == "statistics":  # text and visual tokens apart, 4 inputs for the 7 layers of a block
+        return sum(2 * 4 / 7 * 4 * inputs**2 for _, inputs in layers)
+    if stage == "bank" and isinstance(job.prune.allocation, SlimLLaVASpec):
+        bytes_per_weight = 4 if job.model.dtype == "float32" else 2
+        return _num_ratios(job.prune.allocation) * bytes_per_weight * sum(o * i for o, i in layers)
+    return 0.0
+
+
+def _num_ratios(search: SlimLLaVASpec) -> int:
+    return 2 * int(search.reach / search.step) + 1
+
+
 def _flops(stage: str, job: JobSpec, facts: ModelFacts) -> float:
     weights = sum(outputs * inputs for _, outputs, inputs in facts.prunable.values())
     forward = 2.0 * weights
@@ -72,8 +101,8 @@ def _flops(stage: str, job: JobSpec, facts: ModelFacts) -> float:
     if job.prune is not None and isinstance(job.prune.allocation, SlimLLaVASpec):
         search = job.prune.allocation
         if stage == "bank":
-            ratios = 2 * int(search.reach / search.step) + 1
-            return ratios * sum(4.0 * outputs * n**2 for _, outputs, n in facts.prunable.values())
+            solve = sum(4.0 * outputs * inputs**2 for _, outputs, inputs in facts.prunable.values())
+            return _num_ratios(search) * solve
     if job.prune is not None and stage == _costly_stage(job.prune.allocation):
         return _samples_of_allocation(job.prune.allocation, job, facts) * tokens * forward
     if job.repair is not None and stage in ("teacher", "repair"):

@@ -48,6 +48,8 @@ class ModelFacts:
     folder: Path
     towers: tuple[Tower, ...]
     num_params: int
+    num_bytes: int
+    """Of its safetensors files."""
     prunable: dict[str, tuple[Tower, int, int]]
     """Tensor name to tower, number of outputs and of inputs."""
 
@@ -241,6 +243,7 @@ def model_facts(spec: ModelSpec) -> ModelFacts:
         folder=folder,
         towers=tuple(family.towers),
         num_params=sum(math.prod(shape) for shape in shapes.values()),
+        num_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
         prunable=prunable,
     )
 

@@ -111,6 +111,20 @@ def test_plan_shows_jobs_and_what_they_share(tmp_path: Path, model: Path) -> Non
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_disk_too_small_for_the_plan_is_said_before_it_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """quickstart leaves 15 models of 7 MB."""
+
+    def said(free_bytes: int) -> str:
+        usage = shutil.disk_usage(tmp_path)._replace(free=free_bytes)
+        monkeypatch.setattr("orchestrator.cli.shutil.disk_usage", lambda _: usage)
+        return prunefleet("plan", "quickstart", "--storage", tmp_path / "runs").err
+
+    assert said(2**40) == ""
+    assert "GiB free, and this will write about 0.1 GiB" in said(2**20)
+
+
 def test_plan_for_programs_is_json(done: Place) -> None:
     ran = prunefleet("plan", done.sweep, "--storage", done.storage, "--json")
 

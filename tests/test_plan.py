@@ -13,8 +13,8 @@ import pytest
 from jobs.errors import DataError, ModelError, PrunefleetError, SpecError
 from jobs.spec import DatasetSpec, JobSpec, ModelSpec
 from jobs.sweep import parse_sweep
-from orchestrator.estimate import estimate
-from orchestrator.plan import make_plan, shared_stages
+from orchestrator.estimate import estimate, stored_gib
+from orchestrator.plan import make_plan, model_facts, shared_stages
 from orchestrator.progress import describe
 from tests.families import make_tiny
 from workers.data import Sample, Split, load_dataset
@@ -705,6 +705,20 @@ def test_a_finished_stage_costs_nothing_more() -> None:
     )
 
     assert fresh > half > finished > 0
+
+
+def test_a_stage_that_jobs_share_is_stored_once() -> None:
+    """Two pruned models and one repaired one, of 7.4 MB and masks; nothing of what is there."""
+    dense, pruned, other, *repaired = planned(
+        grid="{method: magnitude, sparsity: [0.5, 0.6]}", repair=f"[none, {LORA}]"
+    )
+    model = model_facts(ModelSpec(name="demo")).num_bytes / 2**30
+
+    assert stored_gib([dense], set()) == 0
+    assert 1 < stored_gib([pruned], set()) / model < 1.1
+    assert 2 < stored_gib([pruned, other], set()) / model < 2.2
+    assert 4 < stored_gib([pruned, other, *repaired], set()) / model < 4.2
+    assert stored_gib([pruned], set(StageKeys.of(pruned).all())) == 0
 
 
 def test_a_calibrated_job_needs_more_memory_than_magnitude() -> None:

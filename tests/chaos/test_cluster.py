@@ -39,5 +39,5 @@ def test_a_run_whose_node_dies_says_so_and_ends(tmp_path: Path) -> None:
         assert one.kill("raylet/raylet", while_alive=run)
         code = run.wait(timeout=300)
 
-    assert code == 2
+    assert code == 3
     assert "connected to is dead" in world.log.read_text()
