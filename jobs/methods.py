@@ -1,8 +1,12 @@
 """The settings of each pruning method, as a person writes them under `prune.method`."""
 
+import re
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+IS_ATTENTION = re.compile(r"\battn|_attn|attention")
+"""Found in the names of attention's layers in all families: self_attn.q_proj, attention.query."""
 
 
 class MethodOptions(BaseModel):
@@ -33,6 +37,10 @@ class MethodOptions(BaseModel):
             or self.reconstruct != "none"
             or self.bias == "compensate"
         )
+
+    def of_layer(self, name: str) -> "MethodOptions":
+        """How it is applied to a layer, by the layer's name in the model."""
+        return self
 
 
 class DenseSpec(MethodOptions):
@@ -100,9 +108,12 @@ class DSnoTSpec(MethodOptions):
     """
 
     name: Literal["dsnot"] = "dsnot"
-    initial: Literal["wanda", "magnitude"] = "wanda"
-    """The saliency that the mask starts from, and that chooses what to drop instead."""
-    max_cycles: int = Field(default=50, ge=1)
+    initial: Literal["wanda", "magnitude", "ria", "sparsegpt", "admm", "sparseswaps"] = "wanda"
+    """Whose mask it starts from: that method's, as it is by default, but by row where it can be.
+    What to drop instead is chosen by Wanda's saliency whatever the start."""
+    layers: Literal["all", "attention"] = "all"
+    """Where it swaps; elsewhere the start's mask stays. The published code does so in attention."""
+    max_cycles: int = Field(default=50, ge=0)
     """Swaps per output feature at most."""
     stop_below: float = Field(default=0.1, ge=0)
     """An output whose mean, summed over a sequence's tokens, is off by less is left alone."""
@@ -110,6 +121,11 @@ class DSnoTSpec(MethodOptions):
     """How much inputs that vary are avoided when choosing what to bring back."""
     same_sign: bool = True
     """Refuse a swap that overshoots. The published code means to, and does so only for N:M."""
+
+    def of_layer(self, name: str) -> "DSnoTSpec":
+        if self.layers == "all" or IS_ATTENTION.search(name):
+            return self
+        return self.model_copy(update={"max_cycles": 0})
 
 
 class ADMMSpec(MethodOptions):

@@ -6,6 +6,9 @@ Shape letters: O output features, I input features, B columns of a panel.
 import torch
 from torch import Tensor
 
+from jobs.methods import DSnoTSpec
+from workers.statistics import Statistics
+
 
 def inverse_factor(
     gram_II: Tensor, num_sequences: float, damping: float
@@ -78,6 +81,51 @@ def drop_loop(saliency_OI: Tensor, sparsity: float, kept_of: tuple[int, int] | N
             for i in ranked[: size - kept]:
                 drop_OI[row, i] = True
     return drop_OI
+
+
+def dsnot_loop(
+    weight_OI: Tensor,
+    statistics: Statistics,
+    keep_OI: Tensor,
+    options: DSnoTSpec,
+    group: int | None,
+) -> Tensor:
+    """DSnoT, arXiv:2310.08915: a row at a time, a swap at a time. The mask, True is kept."""
+    tokens, gram_II = statistics.num_tokens, statistics.gram_II.double()
+    mean_I = statistics.sum_I.double() / tokens
+    variance_I = gram_II.diagonal() / tokens - mean_I**2
+    norm_I = gram_II.diagonal().sqrt()
+    keep_OI = keep_OI.clone()
+    for row, keep_I in zip(weight_OI.double(), keep_OI, strict=True):
+        part_I = row * statistics.sum_I.double() / statistics.num_sequences
+        moved: set[int] = set()
+        off = float(part_I[~keep_I].sum())
+        for _ in range(options.max_cycles):
+            sign = 1 if off > 0 else -1
+            free = [j for j in range(len(row)) if j not in moved]
+            helpful = [j for j in free if not keep_I[j] and part_I[j] * sign > 0]
+            if abs(off) <= options.stop_below or not helpful:
+                break
+            worth = {
+                j: float(part_I[j] * sign / variance_I[j] ** options.variance_power)
+                for j in helpful
+            }
+            back = max(helpful, key=lambda j: worth[j])
+            droppable = [
+                j
+                for j in free
+                if keep_I[j]
+                and (part_I[j] * sign < 0 if group is None else j // group == back // group)
+            ]
+            if not droppable:
+                break
+            drop = min(droppable, key=lambda j: float(row[j].abs() * norm_I[j]))
+            after = off + float(part_I[drop] - part_I[back])
+            if options.same_sign and (after * off <= 0 or abs(after) >= abs(off)):
+                break
+            keep_I[back], keep_I[drop], off = True, False, after
+            moved |= {back, drop}
+    return keep_OI
 
 
 def squared_output_change(change_OI: Tensor, hessian_II: Tensor) -> float:

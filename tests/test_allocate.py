@@ -300,12 +300,12 @@ def test_a_loss_is_the_mean_over_a_samples_answer_tokens(tmp_path: Path) -> None
         assert loss == pytest.approx(float(question.model.module(**single).loss), rel=1e-5)
 
 
-def test_long_answers_are_split_so_that_logits_fit_into_memory() -> None:
+def test_long_answers_are_split_so_that_logits_fit_into_memory(ctx: Context) -> None:
     """Three windows of 1500 tokens of text: each alone; short answers stay together."""
     text = {"labels": torch.ones(3, 1500, dtype=torch.int64)}
     short = {"labels": torch.tensor([[-100, 5]] * 3)}
 
-    assert [len(piece["labels"]) for piece in pieces([text, short])] == [1, 1, 1, 3]
+    assert [len(piece["labels"]) for piece in pieces([text, short], ctx)] == [1, 1, 1, 3]
 
 
 def test_removing_what_adds_nothing_costs_nothing(tmp_path: Path) -> None:

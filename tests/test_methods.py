@@ -28,6 +28,7 @@ from jobs.pattern import Pattern, Target
 from tests.reference import (
     best_swap,
     drop_loop,
+    dsnot_loop,
     inverse_factor,
     masked_least_squares,
     sparsegpt_loop,
@@ -55,6 +56,10 @@ METHODS = {
     "ria": RIASpec(),
     "dsnot": DSnoTSpec(),
     "dsnot, from magnitude": DSnoTSpec(initial="magnitude", same_sign=False),
+    "dsnot, from ria": DSnoTSpec(initial="ria"),
+    "dsnot, from sparsegpt": DSnoTSpec(initial="sparsegpt"),
+    "dsnot, from admm": DSnoTSpec(initial="admm"),
+    "dsnot, from sparseswaps": DSnoTSpec(initial="sparseswaps"),
     "admm": ADMMSpec(),
     "admm, by row": ADMMSpec(compare="row"),
     "sparseswaps": SparseSwapsSpec(),
@@ -74,7 +79,7 @@ PER_ROW = [
     "sparseswaps",
     "dsnot",
 ]
-LOOKING_AT_INPUTS = [name for name in METHODS if "magnitude" not in name]
+LOOKING_AT_INPUTS = [name for name, method in METHODS.items() if method.needs_statistics]
 
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
 every_target = pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS.keys())
@@ -473,6 +478,50 @@ def test_dsnot_brings_the_mean_of_every_output_nearer(target):
 
     assert (off["dsnot"] <= off["wanda"]).all()
     assert off["dsnot"].mean() < 0.7 * off["wanda"].mean()
+
+
+@pytest.mark.parametrize("initial", ["magnitude", "ria", "sparsegpt", "admm", "sparseswaps"])
+def test_dsnot_starts_from_the_mask_of_another_method(initial):
+    """And leaves it as it is where it does not swap."""
+    weight_OI, statistics = a_layer(40)
+    options = DSnoTSpec(initial=initial, layers="attention")
+    by_row = {"ria": RIASpec(compare="row")}
+    whose = by_row.get(initial) or METHODS.get(f"{initial}, by row", METHODS[initial])
+
+    kept = prune(weight_OI, statistics, Target(0.5), options.of_layer("blocks.0.mlp.fc1"))
+    swapped = prune(weight_OI, statistics, Target(0.5), options.of_layer("blocks.0.self_attn.q"))
+
+    start = prune(weight_OI, statistics, Target(0.5), whose)
+    assert torch.equal(kept.keep_OI, start.keep_OI)
+    assert torch.equal(kept.weight_OI, weight_OI.masked_fill(~start.keep_OI, 0))
+    assert not torch.equal(swapped.keep_OI, start.keep_OI)
+    assert torch.equal(swapped.keep_OI.sum(dim=1), start.keep_OI.sum(dim=1))
+
+
+@pytest.mark.parametrize("kept_of", [None, (2, 4), (4, 8)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        DSnoTSpec(),
+        DSnoTSpec(same_sign=False, max_cycles=7),
+        DSnoTSpec(variance_power=0, stop_below=2.0),
+        DSnoTSpec(initial="magnitude"),
+    ],
+    ids=str,
+)
+def test_dsnot_equals_a_loop_of_its_paper(kept_of, options):
+    """Inputs with means and with unequal variances; the sums it stops at are around 2."""
+    weight_OI, statistics = a_layer(12)
+    statistics.sum_I += 60 * torch.linspace(-1, 1, NUM_INPUTS)
+    target = target_for(kept_of)
+    start = MagnitudeSpec(compare="row") if options.initial == "magnitude" else WandaSpec()
+    keep_OI = prune(weight_OI, statistics, target, start).keep_OI
+
+    expected_OI = dsnot_loop(weight_OI, statistics, keep_OI, options, target.pattern.group)
+
+    found_OI = prune(weight_OI, statistics, target, options).keep_OI
+    assert not torch.equal(expected_OI, keep_OI)
+    assert torch.equal(found_OI, expected_OI)
 
 
 @pytest.mark.parametrize("group", [None, 4])

@@ -247,7 +247,7 @@ def atp(question: Question) -> Answer:
     sparsity: dict[str, float] = {}
     details: dict[str, Any] = {}
     try:
-        batches = list(pieces(question.batches()))
+        batches = list(pieces(question.batches(), question.ctx))
         for layers in towers:
             losses = _losses_by_slope(question, layers, batches, dense)
             slope = min(losses, key=lambda each: (losses[each], each))

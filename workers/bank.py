@@ -99,7 +99,7 @@ def _prune_block(
             [layer.linear.weight.data for layer, _ in variants],
             statistics,
             [Target(ratio) for _, ratio in variants],
-            method,
+            method.of_layer(tap.layers[0].name),
             where=tap.layers[0].name,
         )
         for (layer, ratio), one in zip(variants, pruned, strict=True):

@@ -24,7 +24,7 @@ from jobs.errors import DataError, ModelError, NumericError
 from jobs.spec import CalibrationSpec, Tower
 from workers.atv import Drift, share_of_text
 from workers.context import Context
-from workers.encode import Encoded, Encoder, collate
+from workers.encode import Encoded, Encoder, collate, in_parts
 from workers.models import Layer, VisionLanguageModel
 from workers.staged import StoppedPass, stops
 from workers.statistics import Statistics, mix
@@ -96,9 +96,8 @@ def calibration_batches(
         encoder, spec.dataset, count=spec.num_samples, length=spec.sequence_length, seed=seed
     )
     encoded = sorted(chosen, key=lambda one: len(one["input_ids"]))
-    tokens = ctx.smaller(TOKENS_PER_BATCH)
-    most = ctx.smaller(math.ceil(len(encoded) / MIN_BATCHES))
-    return _batches(encoded, encoder.pad_id, most, tokens)[ctx.rank :: ctx.world]
+    most = math.ceil(len(encoded) / MIN_BATCHES)
+    return _batches(encoded, encoder.pad_id, most, TOKENS_PER_BATCH)[ctx.rank :: ctx.world]
 
 
 def _batches(
@@ -129,6 +128,8 @@ class BlockCall:
     arguments: dict[str, Any]
     is_token_BT: Tensor | None
     """Which are tokens rather than padding; None: all."""
+    number: int
+    """Of the batch among this worker's; the parts of one that was divided share it."""
 
 
 @dataclass
@@ -140,6 +141,7 @@ class _Batch:
     arguments: dict[str, Any]
     """The block's other arguments, the same for every block."""
     tokens: Tokens
+    number: int
 
     def without_visual(self) -> "_Batch":
         return replace(self, tokens={"text": self.tokens["text"]})
@@ -203,8 +205,9 @@ class TowerWalk:
         self._orders: dict[tuple[str, ...], list[tuple[int, ...]]] = {}
         """By the names of a block's layers: its taps in the order they run, as positions."""
         with ctx.timed("calibrate"):
-            for batch in batches:
-                self._capture(model, batch)
+            for number, batch in enumerate(batches):
+                for part in in_parts(batch, ctx.smaller(len(batch["labels"]))):
+                    self._capture(model, part, number)
         if sum(ctx.gather(len(self.batches))) == 0:
             raise DataError(
                 f"no calibration sample reaches the {tower} tower: calibrate it on samples with "
@@ -212,7 +215,7 @@ class TowerWalk:
             )
 
     @torch.no_grad()
-    def _capture(self, model: VisionLanguageModel, batch: dict[str, Tensor]) -> None:
+    def _capture(self, model: VisionLanguageModel, batch: dict[str, Tensor], number: int) -> None:
         inputs = {name: value.to(self.ctx.device) for name, value in batch.items()}
         inputs.pop("labels")
         if "pixel_values" in inputs:
@@ -235,7 +238,7 @@ class TowerWalk:
             model.module(**inputs, use_cache=False)
         except _ReachedBlock as reached:
             hidden = reached.arguments.pop("hidden_states")
-            self.batches.append(_Batch(hidden, reached.arguments, tokens))
+            self.batches.append(_Batch(hidden, reached.arguments, tokens, number))
         finally:
             handle.remove()
 
@@ -391,7 +394,7 @@ class TowerWalk:
     def calls(self) -> list[BlockCall]:
         """This worker's batches, as the current block is about to read them."""
         return [
-            BlockCall(batch.hidden, batch.arguments, _is_token(batch.tokens))
+            BlockCall(batch.hidden, batch.arguments, _is_token(batch.tokens), batch.number)
             for batch in self.batches
         ]
 

@@ -7,7 +7,7 @@ Shape letters: T tokens, C channels, H height, W width.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -189,6 +189,12 @@ def text_windows(encoder: Encoder, text: str, length: int) -> list[Tensor]:
     """Non-overlapping windows of `length` tokens, int64, (T,); a shorter rest is left out."""
     ids = encoder.tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
     return [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
+
+
+def in_parts(batch: dict[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
+    """The same samples, at most `size` at a time, as wide as they were together."""
+    for start in range(0, len(batch["labels"]), size):
+        yield {name: tensor[start : start + size] for name, tensor in batch.items()}
 
 
 def collate(samples: Sequence[dict[str, Tensor]], pad_id: int) -> dict[str, Tensor]:

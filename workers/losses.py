@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from jobs.errors import NumericError
 from workers.context import Context
-from workers.encode import IGNORED_LABEL
+from workers.encode import IGNORED_LABEL, in_parts
 from workers.models import VisionLanguageModel
 from workers.teacher import answer_logits
 
@@ -23,13 +23,12 @@ ANSWERS_PER_PIECE = 2048
 Batch = dict[str, Tensor]
 
 
-def pieces(batches: Iterable[Batch]) -> Iterator[Batch]:
+def pieces(batches: Iterable[Batch], ctx: Context) -> Iterator[Batch]:
     """The same samples, in batches whose logits fit into memory."""
     for batch in batches:
         most = max(1, int((batch["labels"] != IGNORED_LABEL).sum(dim=1).max()))
-        size = max(1, ANSWERS_PER_PIECE // most)
-        for start in range(0, len(batch["labels"]), size):
-            yield {name: tensor[start : start + size] for name, tensor in batch.items()}
+        size = min(len(batch["labels"]), max(1, ANSWERS_PER_PIECE // most))
+        yield from in_parts(batch, ctx.smaller(size))
 
 
 @torch.no_grad()

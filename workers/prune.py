@@ -170,9 +170,11 @@ def collect_dense_statistics(
 ) -> None:
     """Write the dense model's statistics of every block to `folder`, a file per block.
 
-    Text and visual tokens are kept apart and unweighted, for jobs that mix them differently.
+    Text and visual tokens are kept apart and unweighted, for jobs that mix them differently. Where
+    no sample has an image the vision tower has no statistics.
     """
-    for tower in model.towers:
+    sees = any(ctx.gather(any("pixel_values" in batch for batch in batches)))
+    for tower in [tower for tower in model.towers if sees or tower == "language"]:
         walk = TowerWalk(model, tower, batches, calibration.unmixed(), ctx)
         for index in range(len(walk.blocks)):
             taps = walk.statistics(advance=True)
@@ -269,7 +271,7 @@ def _prune_tap(
         [layer.linear.weight.data for layer in tap.layers],
         statistics,
         [Target(sparsity[layer.name], pattern) for layer in tap.layers],
-        spec.method,
+        spec.method.of_layer(tap.layers[0].name),
         where=tap.layers[0].name,
     )
     compensates = spec.method.bias == "compensate"

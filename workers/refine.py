@@ -49,6 +49,8 @@ class _Example:
     kwargs: dict[str, Any]
     target_BTD: Tensor
     is_token_BT: Tensor | None
+    number: int
+    """Of its batch among this worker's."""
 
     def squared_error(self, output_BTD: Tensor) -> Tensor:
         return self._sum((output_BTD.float() - self.target_BTD.float()).square())
@@ -121,7 +123,7 @@ def _example(block: nn.Module, unit: nn.Module, dense: nn.Module, call: BlockCal
     finally:
         handle.remove()
     ((args, kwargs),) = read
-    return _Example(args, kwargs, _first(dense(*args, **kwargs)), call.is_token_BT)
+    return _Example(args, kwargs, _first(dense(*args, **kwargs)), call.is_token_BT, call.number)
 
 
 def _train(
@@ -141,9 +143,10 @@ def _train(
         output = functional_call(unit, current, example.args, example.kwargs)
         return example.squared_error(_first(output))
 
-    # A batch's place among all workers' batches, the same however many workers share them.
-    counts = ctx.gather(len(examples))
-    order = sorted((index, rank) for rank, count in enumerate(counts) for index in range(count))
+    # A batch's place among all workers' batches, the same however many workers share them, and
+    # into how many parts each is divided for lack of memory.
+    numbers = ctx.gather([example.number for example in examples])
+    order = sorted({(number, rank) for rank, its in enumerate(numbers) for number in its})
     energies = ctx.gather([float(example.energy()) for example in examples])
     before = _mean_error(error, examples, energies, ctx)
     optimizer = torch.optim.Adam(masters.values(), lr=spec.learning_rate)
@@ -151,9 +154,15 @@ def _train(
         for step in range(spec.num_steps):
             start = step * BATCHES_PER_STEP
             window = [order[(start + i) % len(order)] for i in range(BATCHES_PER_STEP)]
-            scale = 1 / sum(energies[rank][index] for index, rank in window)
+            chosen = [
+                (index, rank)
+                for number, rank in window
+                for index, its in enumerate(numbers[rank])
+                if its == number
+            ]
+            scale = 1 / sum(energies[rank][index] for index, rank in chosen)
             optimizer.zero_grad(set_to_none=False)
-            for index, rank in window:
+            for index, rank in chosen:
                 if rank == ctx.rank:
                     (scale * error(examples[index])).backward()
             for group in optimizer.param_groups:

@@ -152,7 +152,7 @@ def noise(question: Question) -> Scores:
     changes: dict[str, list[float]] = {layer.name: [] for layer in question.layers}
     batches = question.batches(spec.num_samples)
     for number, batch in enumerate(batches):
-        for piece in pieces([batch]):
+        for piece in pieces([batch], ctx):
             replay = Replay(question.model, piece, ctx.device)
             for layer in question.layers:
                 place = ctx.rank + number * ctx.world  # of the batch, among those of all workers
@@ -209,7 +209,7 @@ def module_drop(question: Question) -> Scores:
     rises: dict[str, list[float]] = {name: [] for name in modules}
     batches = question.batches()
     for number, batch in enumerate(batches):
-        for piece in pieces([batch]):
+        for piece in pieces([batch], ctx):
             replay = Replay(question.model, piece, ctx.device)
             for name, layers in modules.items():
                 block = question.model.blocks(layers[0].tower)[layers[0].block]

@@ -7,7 +7,7 @@ Shape letters: N answer tokens of a batch, V vocabulary, P weights of the projec
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from jobs.spec import Tower
 from workers.allocate import PROJECTOR_FILE, Answer, allocate
 from workers.bank import Bank
 from workers.context import Context
-from workers.encode import IGNORED_LABEL, Encoded, Encoder, collate
+from workers.encode import IGNORED_LABEL, Encoded, Encoder, collate, in_parts
 from workers.models import Layer, VisionLanguageModel
 from workers.scores import Question, measure
 from workers.search import Gene, Genome, Part, SearchSpace, State, ratio_grid, search
@@ -176,7 +176,8 @@ class ModelJudge:
         self.bank.install(self.space.sparsity(genome))
         total = 0.0
         for batch in self.batches[part]:
-            total += float(_cross_entropy(self.model.module, batch, self.ctx.device))
+            for some in self._as_memory_allows(batch):
+                total += float(_cross_entropy(self.model.module, some, self.ctx.device))
         if not math.isfinite(total):
             raise NumericError(
                 f"search: the loss of a candidate is {total}: {self.space.wanted(genome)}. Compute "
@@ -240,11 +241,18 @@ class ModelJudge:
         parameters = list(self._parameters.values())
         for parameter in parameters:
             parameter.requires_grad_(True)
-        loss = _cross_entropy(self.model.module, batch, self.ctx.device)
-        gradients = torch.autograd.grad(loss / max(_count_answers([batch]), 1), parameters)
+        num_answers = max(_count_answers([batch]), 1)
+        gradient_P = torch.zeros(sum(p.numel() for p in parameters), device=self.ctx.device)
+        for some in self._as_memory_allows(batch):
+            loss = _cross_entropy(self.model.module, some, self.ctx.device)
+            gradients = torch.autograd.grad(loss / num_answers, parameters)
+            gradient_P += torch.cat([gradient.float().flatten() for gradient in gradients])
         for parameter in parameters:
             parameter.requires_grad_(False)
-        return torch.cat([gradient.float().flatten() for gradient in gradients])
+        return gradient_P
+
+    def _as_memory_allows(self, batch: Batch) -> Iterator[Batch]:
+        return in_parts(batch, self.ctx.smaller(len(batch["labels"])))
 
 
 def _cross_entropy(module: nn.Module, batch: Batch, device: torch.device) -> Tensor:
