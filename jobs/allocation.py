@@ -108,7 +108,8 @@ class ModuleDropSpec(BudgetedSpec):
 class SlimLLaVASpec(BudgetedSpec):
     """Search: evolve the sparsity of each block by its loss on a few samples, arXiv:2503.15369.
 
-    `workers/search.py` says where the paper is silent and what we do there.
+    `workers/search.py` says where the paper is silent and what we do there. Candidates are pruned
+    from the dense model's statistics: under `propagate: dense` the winner is exported as judged.
     """
 
     name: Literal["slimllava"] = "slimllava"

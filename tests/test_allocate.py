@@ -193,11 +193,17 @@ ALLOCATIONS: dict[str, AllocationOptions] = {
 
 
 def question_of(
-    folder: Path, model_folder: Path, *, rank: int = 0, world: int = 1, num_samples: int = 3
+    folder: Path,
+    model_folder: Path,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    num_samples: int = 3,
+    rung: int = 0,
 ) -> Question:
     """A tiny model with its dense statistics. Three samples are three batches."""
     ctx = Context(Storage(str(folder / "storage")), "job", folder / "scratch", CPU)
-    ctx.rank, ctx.world = rank, world
+    ctx.rank, ctx.world, ctx.memory_rung = rank, world, rung
     model = load_model(model_folder, device=CPU)
     dataset = DatasetSpec(format="easy-vqa" if "vision" in model.towers else "python-docs")
     calibration = CalibrationSpec(dataset=dataset, num_samples=num_samples, sequence_length=32)
@@ -300,10 +306,28 @@ def test_a_loss_is_the_mean_over_a_samples_answer_tokens(tmp_path: Path) -> None
         assert loss == pytest.approx(float(question.model.module(**single).loss), rel=1e-5)
 
 
-def test_long_answers_are_split_so_that_logits_fit_into_memory(ctx: Context) -> None:
+@pytest.mark.parametrize("allocation", [ECoFLaPSpec(), ModuleDropSpec()], ids=["noise", "drop"])
+def test_a_lack_of_memory_changes_no_score(
+    allocation: AllocationOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The noise of a batch is that of its parts. Three batches of up to 3 samples, and of one."""
+    monkeypatch.setattr("workers.calibrate.MIN_BATCHES", 3)
+    folder = make_tiny("llava-clip", tmp_path / "tiny")
+
+    whole, parts = (
+        measure(replace(question, spec=question.spec.model_copy(update={"allocation": allocation})))
+        for question in (question_of(tmp_path, folder, num_samples=8, rung=rung) for rung in (0, 2))
+    )
+
+    assert parts == pytest.approx(whole, rel=1e-3, abs=1e-5)
+
+
+def test_long_answers_are_split_so_that_logits_fit_into_memory(tmp_path: Path) -> None:
     """Three windows of 1500 tokens of text: each alone; short answers stay together."""
     text = {"labels": torch.ones(3, 1500, dtype=torch.int64)}
     short = {"labels": torch.tensor([[-100, 5]] * 3)}
+
+    ctx = Context(Storage(str(tmp_path)), "job", tmp_path, CPU)
 
     assert [len(piece["labels"]) for piece in pieces([text, short], ctx)] == [1, 1, 1, 3]
 

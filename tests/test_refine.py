@@ -26,11 +26,17 @@ CALIBRATION = CalibrationSpec(dataset=DatasetSpec(format="easy-vqa"), num_sample
 
 
 def pruned(
-    folder: Path, refine: RefineSpec | None, place: Path, *, rank: int = 0, world: int = 1
+    folder: Path,
+    refine: RefineSpec | None,
+    place: Path,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    rung: int = 0,
 ) -> tuple[VisionLanguageModel, dict[str, Tensor]]:
     """The model in `folder` at 50%, by magnitude, as one of `world` workers, and the masks."""
     ctx = Context(Storage(str(place)), "job", place / f"scratch-{rank}", torch.device("cpu"))
-    ctx.rank, ctx.world = rank, world
+    ctx.rank, ctx.world, ctx.memory_rung = rank, world, rung
     model = load_model(folder, device=ctx.device)
     sparsity = dict.fromkeys(model.towers, 0.5)
     spec = PruneSpec(method=MagnitudeSpec(), sparsity=sparsity, refine=refine)
@@ -85,6 +91,20 @@ def test_other_families_are_refined_by_submodule_too(
 
     assert {len(its) for its in fits} == {2}
     assert all(fit.after < fit.before for its in fits for fit in its)
+
+
+def test_a_lack_of_memory_changes_no_step(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A step goes over as many samples, halved twice or not: Adam would make much of others."""
+    monkeypatch.setattr("workers.calibrate.MIN_BATCHES", 5)  # of 4 samples, where a step takes 4
+    refine = RefineSpec(num_steps=6)
+    whole, _ = pruned(tiny, refine, tmp_path / "whole")
+
+    quarters, _ = pruned(tiny, refine, tmp_path / "quarters", rung=2)
+
+    for name, weight in weights_of(whole).items():
+        torch.testing.assert_close(weights_of(quarters)[name], weight, rtol=1e-3, atol=1e-5)
 
 
 def test_a_kill_costs_a_block_and_no_bit(

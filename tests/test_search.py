@@ -247,6 +247,29 @@ def test_eta_makes_both_terms_equal_for_uniform() -> None:
     assert last.eta == pytest.approx(3)
 
 
+def test_a_projector_that_serves_all_but_the_best_is_not_kept() -> None:
+    """Uniform loses 1 and all others 9. Tuned, every one of them loses 1.5: less on average."""
+    uniform = SAME_SIZE.nearest([0.5] * 6, random.Random(0))
+
+    class Leveller(Table):
+        is_tuned = False
+
+        def tune(self, genomes: Sequence[Genome]) -> None:
+            self.is_tuned = True
+
+        def untune(self) -> None:
+            self.is_tuned = False
+
+    judge = Leveller(lambda genome: 1.5 if judge.is_tuned else 1.0 if genome == uniform else 9.0)
+    spec = SPEC.model_copy(update={"projector_every": 4})
+
+    last = search(SAME_SIZE, spec, judge, seed=0)
+
+    assert (last.best[0].genome, last.best[0].loss) == (uniform, 1.0)
+    assert not judge.is_tuned
+    assert [one["projector"]["kept"] for one in last.history if one["projector"]] == [False] * 3
+
+
 def test_the_projector_is_tuned_for_the_best_and_they_are_judged_again() -> None:
     """Generations 4, 8 and 12, each taking 0.25 off every loss, which the last state shows."""
     judge = Table(first_blocks_matter, gain=0.25)

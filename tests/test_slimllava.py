@@ -68,9 +68,9 @@ def planned(model: Path, *changes: tuple[str, str]) -> JobSpec:
     return make_plan(parse_sweep(text, "tiny.yaml", base=model.parent))[-1]
 
 
-def run(job: JobSpec, storage: Path, *, rank: int = 0, world: int = 1) -> Any:
+def run(job: JobSpec, storage: Path, *, rank: int = 0, world: int = 1, rung: int = 0) -> Any:
     context = Context(Storage(str(storage)), job.key, storage / f"scratch-{rank}", CPU)
-    context.rank, context.world = rank, world
+    context.rank, context.world, context.memory_rung = rank, world, rung
     return run_job(job, context)
 
 
@@ -129,6 +129,52 @@ def test_swapping_there_and_back_leaves_no_trace(whole: tuple[Path, JobSpec, Any
     sizes = sum(layer.linear.weight.numel() for layer in layers)
     zeros = sum(int((weight == 0).sum()) for weight in before)
     assert zeros / sizes == pytest.approx(0.5, abs=0.001)
+
+
+def test_a_lack_of_memory_changes_the_search_by_rounding_alone(
+    whole: tuple[Path, JobSpec, Any], tmp_path: Path
+) -> None:
+    storage, job, _ = whole
+
+    run(job, tmp_path, rung=2)
+
+    undisturbed, halved = (
+        json.loads((stage(place, job, "allocate") / "history.json").read_text())
+        for place in (storage, tmp_path)
+    )
+    assert halved["genes"] == undisturbed["genes"]
+    for one, other in zip(halved["generations"], undisturbed["generations"], strict=True):
+        assert one["best_objective"] == pytest.approx(other["best_objective"], rel=1e-4)
+
+
+def test_a_winner_that_is_exported_otherwise_than_judged_says_so(
+    model: Path, whole: tuple[Path, JobSpec, Any], tmp_path: Path
+) -> None:
+    _, _, as_judged = whole
+
+    otherwise = run(planned(model, ("propagate: dense", "propagate: pruned")), tmp_path)
+
+    assert "those exported differ" in otherwise.facts["warnings"]
+    assert as_judged.facts["warnings"] is None
+
+
+def test_text_calibrates_the_language_tower_of_a_model_with_images(
+    model: Path, tmp_path: Path
+) -> None:
+    """Its vision tower has no statistics then, and nothing asks for them: not OWL, not a bank."""
+    changes = (
+        (
+            "dataset: easy-vqa, num_samples: 6, propagate",
+            "dataset: python-docs, sequence_length: 32, num_samples: 6, propagate",
+        ),
+        ("sparsity: 0.5", "sparsity: 0.5\n  towers: language"),
+        ("projector_every: 2", "projector_every: 0"),
+    )
+
+    result = run(planned(model, *changes), tmp_path)
+
+    assert result.facts["sparsity_language"] == pytest.approx(0.5, abs=0.001)
+    assert result.facts["sparsity_vision"] == 0
 
 
 def test_what_was_judged_is_what_is_exported(whole: tuple[Path, JobSpec, Any]) -> None:

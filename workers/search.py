@@ -357,20 +357,25 @@ def _judge_all(
 
 
 def _tune(state: State, judge: Judge) -> dict[str, Any]:
-    """Train the projector for the best k and judge them again; keep it only if it serves them."""
+    """Train the projector for the best k and judge them again.
+
+    It is kept only if it serves them on average, and the best of them is then no worse than before.
+    """
     genomes = [one.genome for one in state.best]
     before = fmean(one.loss for one in state.best)
     judge.tune(genomes)
     losses = _mean_loss(judge, genomes)
-    record = {"loss_before": before, "loss_after": fmean(losses), "kept": fmean(losses) < before}
-    if not record["kept"]:
-        judge.untune()
-        return record
     rejudged = [
         Candidate(one.genome, loss + state.eta * one.norm, loss, one.norm)
         for one, loss in zip(state.best, losses, strict=True)
     ]
-    state.best = sorted(rejudged, key=_by_objective)
+    rejudged.sort(key=_by_objective)
+    serves = fmean(losses) < before and rejudged[0].objective <= state.best[0].objective
+    record = {"loss_before": before, "loss_after": fmean(losses), "kept": serves}
+    if not serves:
+        judge.untune()
+        return record
+    state.best = rejudged
     state.tried = set(genomes)  # the others may do better with this projector
     return record
 

@@ -47,6 +47,11 @@ def slimllava(question: Question) -> Answer:
     spec = question.spec.allocation
     assert isinstance(spec, SlimLLaVASpec)
     assert question.bank is not None
+    if not _exports_what_it_judges(question):
+        question.ctx.warn(
+            "slimllava judged weights pruned from the dense model's statistics; those exported "
+            "differ, by propagate, refine or bias: compensate"
+        )
     space = search_space(question.layers, question.spec.sparsity, spec)
     bank = Bank(question.bank, question.layers)
     judge = ModelJudge(question.model, bank, space, spec, _samples(question, spec), question.ctx)
@@ -65,6 +70,16 @@ def slimllava(question: Question) -> Answer:
         if judge.projector:
             save_file(judge.projector, question.folder / PROJECTOR_FILE)
     return Answer(space.sparsity(last.best[0].genome))
+
+
+def _exports_what_it_judges(question: Question) -> bool:
+    """Whether the model that the job ends with has the bank's weights."""
+    prune = question.spec
+    return (
+        question.calibration.propagate == "dense"
+        and prune.refine is None
+        and prune.method.bias == "keep"
+    )
 
 
 def search_space(
