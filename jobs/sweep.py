@@ -96,10 +96,18 @@ def _pattern(value: str) -> str:
     return str(Pattern.parse(value))
 
 
+def _some_tower(value: dict[Tower, float]) -> dict[Tower, float]:
+    if not value:
+        raise ValueError(
+            "names no tower; write all, vision, language, or a sparsity each: {vision: 0.4}"
+        )
+    return value
+
+
 Sparsity = Annotated[float, AfterValidator(_fraction)]
 Towers = Annotated[
     Annotated[Literal["all", "vision", "language"], Tag("name")]
-    | Annotated[dict[Tower, Sparsity], Tag("each")],
+    | Annotated[dict[Tower, Sparsity], AfterValidator(_some_tower), Tag("each")],
     Discriminator(lambda value: "each" if isinstance(value, dict) else "name"),
 ]
 
@@ -138,6 +146,15 @@ class GridSpec(Spec):
     ] = [None]
     """Local reconstruction after pruning: `none`, `block`, `submodule`, or with options
     `{unit: block, num_steps: 100}`."""
+
+    @model_validator(mode="after")
+    def _sparsity_is_used(self) -> "GridSpec":
+        has_own = [each for each in self.pattern if Pattern.parse(each).sparsity is not None]
+        by_tower = [each for each in self.towers if isinstance(each, dict)]
+        if self.sparsity and (has_own == self.pattern or by_tower == self.towers):
+            whose = f"the pattern {has_own[0]} has" if has_own == self.pattern else "towers have"
+            raise ValueError(f"sparsity is {self.sparsity}, and {whose} a sparsity already")
+        return self
 
 
 class ExcludeSpec(Spec):

@@ -34,7 +34,7 @@ from orchestrator.findings import Finding
 from orchestrator.history import draw_history
 from orchestrator.plan import shared_stages
 from orchestrator.plot import draw, figure_of
-from orchestrator.progress import STALE_S, Progress, describe
+from orchestrator.progress import STALE_S, Progress, describe, described
 from orchestrator.resolved import find_sweep, jobs_of, known_sweeps, write_resolved
 from orchestrator.status import JobStatus, ago, exit_code, summary, sweep_status
 from orchestrator.submit import (
@@ -57,7 +57,7 @@ console = Console()
 errors = Console(stderr=True)
 
 SweepArgument = Annotated[
-    str, typer.Argument(help="A sweep file, or the name of one that ships: quickstart.")
+    str, typer.Argument(help="A sweep file, or the name of one that ships, such as quickstart.")
 ]
 StorageOption = Annotated[
     str,
@@ -101,7 +101,8 @@ def plan(
     jobs, place = jobs_of(sweep), Storage(storage)
     settled = board.published_keys(place)
     done = _finished_stages(jobs, place)
-    rows = [_plan_row(job, settled.get(job.key, "to do"), done) for job in jobs]
+    words = described(jobs)
+    rows = [_plan_row(job, words[job.key], settled.get(job.key, "to do"), done) for job in jobs]
     shared = shared_stages(jobs)
     missing = [job for job in jobs if settled.get(job.key) != "complete"]
     stored = stored_gib(missing, done)
@@ -618,11 +619,11 @@ def _finished_stages(jobs: list[JobSpec], storage: Storage) -> set[tuple[str, st
     }
 
 
-def _plan_row(job: JobSpec, status: str, done: set[tuple[str, str]]) -> dict[str, Any]:
+def _plan_row(job: JobSpec, what: str, status: str, done: set[tuple[str, str]]) -> dict[str, Any]:
     needs = estimate(job, done)
     return {
         "job_key": job.key,
-        "what": describe(job),
+        "what": what,
         "status": status,
         "memory_gib": needs.memory_gib,
         "seconds": 0.0 if status == "complete" else needs.seconds,

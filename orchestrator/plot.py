@@ -112,7 +112,8 @@ def empty_canvas(to: Path, *, width: float) -> Any:
     try:
         from matplotlib.figure import Figure as Canvas  # without pyplot: no screen is needed
     except ImportError as error:
-        raise SpecError("plots need matplotlib: pip install 'prunefleet[plot]'") from error
+        how = "pip install -c constraints.txt -e '.[plot]'"
+        raise SpecError(f"plots need matplotlib: {how}") from error
     return Canvas(figsize=(width, 4), dpi=150, layout="constrained")
 
 

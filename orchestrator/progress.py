@@ -6,6 +6,7 @@ same for a cluster, for this process, and for somebody who looks from another te
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -19,7 +20,7 @@ from jobs.errors import StorageError
 from jobs.result import JobResult
 from jobs.spec import JobSpec
 from jobs.storage import Storage
-from orchestrator.terminal import visible
+from orchestrator.terminal import setting, visible
 
 REFRESH_S = 1.0
 STALE_S = 600.0
@@ -30,6 +31,7 @@ class Progress:
 
     def __init__(self, jobs: Sequence[JobSpec], storage: Storage, console: Console) -> None:
         self.jobs = {job.key: job for job in jobs}
+        self.words = described(jobs)
         self.storage = storage
         self.console = console
         self.started = time.time()
@@ -73,7 +75,7 @@ class Progress:
         seconds = result.facts.get("seconds_total", 0.0)
         count = f"{len(self.results)}/{len(self.jobs)}"
         self._print_line(
-            f"[{count}] {describe(job)}: {outcome}, {seconds:.0f} s",
+            f"[{count}] {self.words[job.key]}: {outcome}, {seconds:.0f} s",
             style="red" if result.status == "failed" else "",
         )
 
@@ -91,7 +93,7 @@ class Progress:
                 stage = beat["stage"]
                 if self._told.get(key) != stage:
                     self._told[key] = stage
-                    job = describe(self.jobs[key])
+                    job = self.words[key]
                     self._print_line(f"      {job}: {stage} {_share(beat)}")
 
     def _table(self) -> Table:
@@ -99,7 +101,7 @@ class Progress:
         title = f"{len(self.results)} of {len(self.jobs)} jobs done, {elapsed:.0f} s"
         table = Table("job", "stage", "progress", title=title, title_justify="left", box=None)
         for key, beat in self._beats():
-            words = (describe(self.jobs[key]), beat["stage"], _share(beat))
+            words = (self.words[key], beat["stage"], _share(beat))
             table.add_row(*map(escape, map(visible, words)))
         return table
 
@@ -144,6 +146,41 @@ def describe(job: JobSpec) -> str:
     repair = f" + {job.repair.method}" if job.repair else ""
     allocation = "" if job.prune.allocation.name == "uniform" else f" {job.prune.allocation.name}"
     return f"{job.prune.method.name} {job.prune.pattern} {where}{allocation}{repair}"
+
+
+def described(jobs: Sequence[JobSpec]) -> dict[str, str]:
+    """Each job in a few words, by its key: of those that would read alike also what differs.
+
+    A setting that most of them share goes unsaid: `wanda 1:4 vision 0.75 + spp num_steps 80`.
+    """
+    alike: dict[str, list[JobSpec]] = {}
+    for job in jobs:
+        alike.setdefault(describe(job), []).append(job)
+    words: dict[str, str] = {}
+    for text, group in alike.items():
+        settings = [dict(_settings(job)) for job in group]
+        names = {name: None for each in settings for name in each}
+        counts = {name: Counter(each.get(name) for each in settings) for name in names}
+        for job, its in zip(group, settings, strict=True):
+            variants = [
+                its[name]
+                for name, count in counts.items()
+                if name in its and len(count) > 1 and 2 * count[its[name]] <= len(group)
+            ]
+            words[job.key] = " ".join([text, *variants])
+    return words
+
+
+def _settings(job: JobSpec) -> Iterator[tuple[str, str]]:
+    """Each setting by its path, as text."""
+    sections = job.model_dump(mode="json", exclude={"policy"})
+    prune = sections.pop("prune") or {}
+    sections |= {name: prune.pop(name, None) for name in ("method", "allocation")}
+    for section, options in {**sections, "prune": prune}.items():
+        if not isinstance(options, dict):
+            options = {section: options}
+        for name, value in options.items():
+            yield f"{section}.{name}", setting(name, value)
 
 
 def _share(beat: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from jobs.spec import JobSpec
 from jobs.storage import Storage
 from orchestrator import leaderboard
-from orchestrator.progress import STALE_S, describe, read_beat
+from orchestrator.progress import STALE_S, described, read_beat
 
 State = Literal["complete", "stopped", "failed", "running", "silent", "waiting"]
 
@@ -45,18 +45,19 @@ def sweep_status(
     """
     settled = leaderboard.published_keys(storage)
     begun = {path.rpartition("/")[2].removesuffix(".json") for path in storage.list("progress")}
+    words = described(jobs)
     states = []
     for job in jobs:
         row = settled.get(job.key)
         beat = read_beat(storage, job.key) if row != "complete" and job.key in begun else None
         state = state_of(row, beat["time"] if beat else None, now=now, ended=ended)
         if beat is None or state in ("failed", "stopped"):
-            states.append(JobStatus(job.key, describe(job), state))
+            states.append(JobStatus(job.key, words[job.key], state))
             continue
         age_s = max(0.0, now - beat["time"])  # of another machine's clock, which may be ahead
         states.append(
             JobStatus(
-                job.key, describe(job), state, beat["stage"], beat["done"], beat["total"], age_s
+                job.key, words[job.key], state, beat["stage"], beat["done"], beat["total"], age_s
             )
         )
     return states

@@ -14,7 +14,7 @@ import pandas as pd
 from rich.console import Console
 
 from jobs.result import Weights
-from orchestrator.terminal import visible
+from orchestrator.terminal import setting, visible
 
 JOB_COLUMNS = ("model", "method", "pattern", "vision", "language", "repair", "seed")
 """What tells jobs apart. A column in which all agree is said once, above the table."""
@@ -121,7 +121,7 @@ def _named_apart(jobs: Sequence[Row], part: str) -> list[str]:
         for option, value in its.items():
             counts = Counter(json.dumps(each.get(option)) for each in alike)
             if len(counts) > 1 and 2 * counts[json.dumps(value)] <= len(alike):
-                name += f" {option}" if value is True else f" {option} {_option(value)}"
+                name += f" {setting(option, value)}"
         labels.append(name)
     return labels
 
@@ -136,14 +136,6 @@ def _options(job: Row, part: str) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError):
         return {}
     return {name: value for name, value in options.items() if name not in ("name", "method")}
-
-
-def _option(value: Any) -> str:
-    """As in YAML, but without spaces; of a dataset what it is and where."""
-    if isinstance(value, dict):
-        known = {name: each for name, each in value.items() if each and name != "fingerprint"}
-        return ",".join(f"{name}:{each}" for name, each in known.items())
-    return str(value)
 
 
 def _text(value: Any) -> str:

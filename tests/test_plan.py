@@ -12,16 +12,17 @@ import pytest
 
 from jobs.errors import DataError, ModelError, PrunefleetError, SpecError
 from jobs.spec import DatasetSpec, JobSpec, ModelSpec
-from jobs.sweep import parse_sweep
+from jobs.sweep import parse_sweep, read_sweep
 from orchestrator.estimate import estimate, stored_gib
 from orchestrator.plan import make_plan, model_facts, shared_stages
-from orchestrator.progress import describe
+from orchestrator.progress import describe, described
 from tests.families import make_tiny
 from workers.data import Sample, Split, load_dataset
 from workers.keys import StageKeys
 from workers.locate import locate
 
 LORA = "{method: sparse_lora, num_steps: 2, batch_size: 2}"
+SWEEPS = Path(__file__).parents[1] / "jobs" / "sweeps"
 DEFAULTS = {
     "name": "s",
     "model": "demo",
@@ -231,7 +232,7 @@ def test_jobs_run_in_the_order_in_which_they_need_each_other(tiny: Path) -> None
 def test_a_key_is_the_same_in_every_process(tiny: Path) -> None:
     """Hash randomisation reorders sets: a key that depended on one would run every job again."""
     program = (
-        "import sys; from pathlib import Path; from jobs.sweep import parse_sweep;"
+        "import sys; from pathlib import Path; from jobs.sweep import parse_sweep, read_sweep;"
         "from orchestrator.plan import make_plan;"
         "print([j.key for j in make_plan(parse_sweep(sys.argv[1], 's', base=Path('/')))])"
     )
@@ -707,6 +708,18 @@ def test_a_finished_stage_costs_nothing_more() -> None:
     assert fresh > half > finished > 0
 
 
+@pytest.mark.parametrize(
+    "sweep", ["repair_recipes", "who_competes", "slimllava_search", "calibration"]
+)
+def test_no_two_jobs_of_a_plan_read_alike(sweep: str) -> None:
+    jobs = make_plan(read_sweep(SWEEPS / f"{sweep}.yaml"))
+
+    words = described(jobs)
+
+    assert len(set(words.values())) == len(jobs)
+    assert words[jobs[0].key] == "demo dense"
+
+
 def test_a_stage_that_jobs_share_is_stored_once() -> None:
     """Two pruned models and one repaired one, of 7.4 MB and masks; nothing of what is there."""
     dense, pruned, other, *repaired = planned(
@@ -740,7 +753,7 @@ def test_a_plan_imports_nothing_heavy() -> None:
     """torch takes seconds, and about six processes of a run import the planner."""
     program = (
         "import sys; import orchestrator.cli; from pathlib import Path;"
-        "from jobs.sweep import parse_sweep; from orchestrator.plan import make_plan;"
+        "from jobs.sweep import parse_sweep, read_sweep; from orchestrator.plan import make_plan;"
         "make_plan(parse_sweep(sys.argv[1], 's', base=Path('/')));"
         "print(sorted({'torch', 'ray', 'transformers', 'deepspeed', 'peft'} & set(sys.modules)))"
     )

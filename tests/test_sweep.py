@@ -88,6 +88,19 @@ WANDA_KEYS = ", ".join(sorted(WandaSpec.model_fields))
 DATASETS = "easy-vqa, easy-vqa-open, llava, python-docs, text, vqa"
 FRACTION = "a sparsity is a fraction of zeros, from 0 up to but not 1"
 MISTAKES = {
+    "no tower": (
+        {"grid": "{method: wanda, towers: {}}"},
+        "grid.towers: names no tower; write all, vision, language, or a sparsity each: "
+        "{vision: 0.4}",
+    ),
+    "a sparsity that no point uses": (
+        {"grid": '{method: wanda, pattern: "2:4", sparsity: 0.7}'},
+        "grid: sparsity is [0.7], and the pattern 2:4 has a sparsity already",
+    ),
+    "a sparsity beside sparsities": (
+        {"grid": "{method: wanda, sparsity: 0.7, towers: {vision: 0.4}}"},
+        "grid: sparsity is [0.7], and towers have a sparsity already",
+    ),
     "key": (
         {"modle": "demo"},
         f"modle: unknown key 'modle'. Did you mean 'model'? Known: {KEYS}",

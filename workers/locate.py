@@ -81,8 +81,9 @@ def _weights(folder: Path) -> list[Path]:
 def _from_hub(spec: ModelSpec) -> Path:
     if spec.name.count("/") != 1 or spec.name.startswith((".", "/", "~")):
         raise ModelError(
-            f"model {spec.name!r}: no such folder, and not a hub name (org/model). "
-            f"Shipped models: {', '.join(SHIPPED_MODELS)}"
+            f"model {spec.name!r}: no such folder, and not a hub name (org/model). A relative path "
+            "starts at the sweep's folder; the first lines of a sweep that ships say how its model "
+            f"is made. Shipped models: {', '.join(SHIPPED_MODELS)}"
         )
     from huggingface_hub import snapshot_download
 

@@ -55,9 +55,9 @@ def main() -> None:
             jobs_s = sequential(study, propagate)
             rows[propagate] = [jobs_s[0], sum(jobs_s), median(jobs_s)]
     print(f"statistics of the dense model: {statistics_s:.2f} s")
-    print(f"{'CPU seconds':20}{'first job':>12}{'12 jobs':>10}{'each further':>14}")
-    for name, (first, every, further) in rows.items():
-        print(f"{name:20}{first:12.2f}{every:10.2f}{further:14.2f}")
+    print(f"{'CPU seconds':20}{'first job':>12}{'12 jobs':>10}{'median job':>14}")
+    for name, (first, every, middle) in rows.items():
+        print(f"{name:20}{first:12.2f}{every:10.2f}{middle:14.2f}")
 
 
 if __name__ == "__main__":
