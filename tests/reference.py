@@ -128,6 +128,43 @@ def dsnot_loop(
     return keep_OI
 
 
+def admm_loop(
+    weight_OI: Tensor,
+    gram_II: Tensor,
+    sparsity: float,
+    *,
+    kept_of: tuple[int, int] | None = None,
+    damping: float = 0.01,
+    rho: float = 1.0,
+    iterations: int = 20,
+    masking_iterations: int = 15,
+) -> tuple[Tensor, Tensor]:
+    """ADMM, arXiv:2401.02938, step by step, ranked and tightened as `workers/methods/admm.py` says.
+
+    Returns:
+        Pruned weight, dropped mask (True is dropped).
+    """
+    norm_I = gram_II.diagonal().sqrt()
+    hessian_II = gram_II / norm_I[:, None] / norm_I
+    hessian_II += damping * torch.eye(len(norm_I), dtype=gram_II.dtype)
+    inverse_II = torch.linalg.inv(hessian_II + rho * torch.eye(len(norm_I), dtype=gram_II.dtype))
+    right_OI = (weight_OI * norm_I) @ hessian_II
+    solved_OI = weight_OI * norm_I
+    dual_OI = torch.zeros_like(solved_OI)
+    for step in range(1, iterations + 1):
+        if step <= masking_iterations:
+            cost_OI = (solved_OI + dual_OI) ** 2 / inverse_II.diagonal()
+            part = 1 - (1 - step / masking_iterations) ** 3
+            if kept_of is not None:  # only what the groups would lose in the end may go
+                in_the_end_OI = drop_loop(cost_OI, sparsity, kept_of)
+                cost_OI[~in_the_end_OI] = torch.inf
+            drop_OI = drop_loop(cost_OI.reshape(1, -1), part * sparsity, None).view_as(cost_OI)
+        masked_OI = (solved_OI + dual_OI) * ~drop_OI
+        dual_OI = dual_OI + solved_OI - masked_OI
+        solved_OI = (right_OI + rho * (masked_OI - dual_OI)) @ inverse_II
+    return (solved_OI + dual_OI) * ~drop_OI / norm_I, drop_OI
+
+
 def squared_output_change(change_OI: Tensor, hessian_II: Tensor) -> float:
     """tr(dW H dWᵀ), what every method here tries to keep small."""
     return float(((change_OI @ hessian_II) * change_OI).sum())

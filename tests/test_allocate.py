@@ -13,6 +13,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from transformers import LlamaForCausalLM
 
 from jobs.allocation import (
     AllocationOptions,
@@ -28,6 +29,7 @@ from jobs.methods import MagnitudeSpec
 from jobs.spec import CalibrationSpec, DatasetSpec, PruneSpec
 from jobs.storage import Storage
 from tests.families import FAMILIES, make_tiny
+from tests.test_repair import as_model, llama_config, samples
 from workers.allocate import (
     ALLOCATION_FILE,
     PROJECTOR_FILE,
@@ -44,7 +46,7 @@ from workers.encode import Encoded, Encoder, collate
 from workers.losses import Replay, answer_losses, pieces
 from workers.models import Layer, load_model
 from workers.prune import collect_dense_statistics, prune_sequentially
-from workers.scores import Question, by_module, measure, outlier_share
+from workers.scores import Question, by_module, measure, noise_changes, outlier_share
 
 CPU = torch.device("cpu")
 
@@ -176,6 +178,72 @@ def test_the_layers_of_a_block_add_up_their_scores() -> None:
     )
 
     assert wishes == pytest.approx([0.5, 0.5])
+
+
+def by_given_scores(
+    folder: Path, allocation: AllocationOptions, sparsity: float, favourite: str
+) -> dict[str, float]:
+    """By module, attention or mlp, of a single block: scores of 1 for one of them and 0 else."""
+    model = as_model(LlamaForCausalLM(llama_config()), "llama")
+    question = Question(
+        model=model,
+        spec=PruneSpec(
+            method=MagnitudeSpec(), sparsity={"language": sparsity}, allocation=allocation
+        ),
+        calibration=CalibrationSpec(),
+        statistics=None,
+        bank=None,
+        seed=0,
+        ctx=Context(Storage(str(folder)), "job", folder, CPU),
+        key="k",
+        folder=folder,
+    )
+    scores = {layer.name: float(favourite in layer.name) for layer in model.layers()}
+    found = allocate(question, scores).sparsity
+    assert mean_sparsity(list(model.layers()), found) == pytest.approx(sparsity)
+    return {
+        module: found[layers[0].name] for module, layers in by_module(list(model.layers())).items()
+    }
+
+
+def test_ecoflap_leaves_no_layer_sparser_than_the_average_by_more_than_its_cap(
+    tmp_path: Path,
+) -> None:
+    """Without a cap attention, of no score, would be at 0.96. The MLP has 9/17 of the weights."""
+    spec = ECoFLaPSpec(cap=0.1, granularity="layer")
+
+    attention, mlp = by_given_scores(tmp_path, spec, 0.6, "mlp").values()
+
+    assert attention == pytest.approx(0.7)
+    assert mlp == pytest.approx(0.6 - 0.1 * 8 / 9)
+
+
+def test_a_layer_that_nobody_wants_still_keeps_a_tenth_of_its_share(tmp_path: Path) -> None:
+    """At 0.9 the MLP is to keep 0.98 less than attention does. Empty, it would cut the model."""
+    attention, mlp = by_given_scores(
+        tmp_path, ModuleDropSpec(spread=0.49), 0.9, "self_attn"
+    ).values()
+
+    assert mlp == pytest.approx(1 - 0.1 * 0.1)
+    assert attention == pytest.approx(0.9 - 0.09 * 9 / 8)
+
+
+def test_noise_measures_the_gradient_along_itself() -> None:
+    """|L(W + εz) - L(W - εz)| / 2ε is |<dL/dW, z>| for a small ε; of each sample its own."""
+    model = as_model(LlamaForCausalLM(llama_config()), "llama")
+    batch = collate(samples()[2::3], 0)  # two of text
+    replay = Replay(model, batch, CPU)
+    for layer in model.layers():
+        weight = layer.linear.weight.requires_grad_()
+        z_OI = torch.randn(weight.shape, generator=torch.Generator().manual_seed(5))
+        expected = []
+        for sample in (samples()[2], samples()[5]):
+            loss = model.module(**collate([sample], 0)).loss
+            expected.append(abs(float((torch.autograd.grad(loss, weight)[0] * z_OI).sum())))
+
+        found = noise_changes(model, replay, layer, 1e-3, seed=5)
+
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-3)
 
 
 # ---- on models ----
@@ -343,6 +411,28 @@ def test_removing_what_adds_nothing_costs_nothing(tmp_path: Path) -> None:
 
     assert {name for name, score in scores.items() if score == 0} == {x.name for x in module}
     assert len(set(scores.values())) == 4  # attention and MLP of two blocks
+
+
+def test_what_costs_most_to_remove_stays_densest(tmp_path: Path) -> None:
+    """Removed by hand: without the weights that it writes with, a module adds nothing."""
+    question = question_of(tmp_path, make_tiny("llama", tmp_path / "m"), num_samples=1)
+    (batch,) = question.batches()
+    rises = {}
+    for module, layers in by_module(question.layers).items():
+        writes = next(x for x in layers if x.name.endswith(("o_proj", "down_proj"))).linear.weight
+        dense_OI = writes.data
+        writes.data = torch.zeros_like(dense_OI)
+        rises[module] = answer_losses(question.model.module, batch, CPU)[0]
+        writes.data = dense_OI
+
+    sparsity = answer_to(question, ModuleDropSpec())
+
+    by_rise = sorted(rises, key=lambda module: rises[module])
+    found = [{sparsity[x.name] for x in by_module(question.layers)[module]} for module in by_rise]
+    assert [len(each) for each in found] == [1, 1, 1, 1]
+    values = [each.pop() for each in found]
+    assert values == sorted(values, reverse=True)
+    assert values[0] - values[-1] == pytest.approx(2 * ModuleDropSpec().spread)
 
 
 def test_a_layer_that_the_loss_does_not_feel_has_no_noise_score(tmp_path: Path) -> None:

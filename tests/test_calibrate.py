@@ -70,6 +70,59 @@ def same_bits(one: VisionLanguageModel, two: VisionLanguageModel) -> bool:
     return all(torch.equal(value, other[name]) for name, value in one.module.state_dict().items())
 
 
+@torch.no_grad()
+def inputs_of(
+    model: VisionLanguageModel, batch: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """What each prunable layer reads of a batch, (B, T, I)."""
+    read: dict[str, torch.Tensor] = {}
+    handles = [
+        layer.linear.register_forward_pre_hook(
+            lambda _, args, name=layer.name: read.__setitem__(name, args[0])
+        )
+        for layer in model.layers()
+    ]
+    model.module(**batch)
+    for handle in handles:
+        handle.remove()
+    return read
+
+
+def test_a_tap_holds_what_each_of_its_layers_reads(folders: dict[str, Path], ctx: Context) -> None:
+    """Against whole forward passes, every layer watched for itself. Padding is left out."""
+    calibration = spec("llava-clip")
+    model = load_model(folders["llava-clip"], device=CPU)
+    batches = calibration_batches(model, calibration, 0, ctx)
+    assert not all(batch["attention_mask"].all() for batch in batches)
+    rows: dict[tuple[str, str], list[torch.Tensor]] = {}
+    for batch in batches:
+        is_visual = batch["input_ids"] == model.image_token_id
+        is_text = batch["attention_mask"].bool() & ~is_visual
+        for name, x in inputs_of(model, batch).items():
+            if "vision_tower" in name:
+                rows.setdefault((name, "visual"), []).append(x.flatten(0, 1))
+            else:
+                rows.setdefault((name, "visual"), []).append(x[is_visual])
+                rows.setdefault((name, "text"), []).append(x[is_text])
+
+    taps = []
+    for tower in model.towers:
+        walk = TowerWalk(model, tower, batches, calibration, ctx)
+        taps += [tap for _ in walk.blocks for tap in walk.statistics(advance=True)]
+
+    assert sorted(len(tap.layers) for tap in taps) == sorted([3, 1, 1, 1] * 2 + [3, 1, 2, 1] * 2)
+    pairs = [(layer, tap.statistics) for tap in taps for layer in tap.layers]
+    assert {layer.name for layer, _ in pairs} == {layer.name for layer in model.layers()}
+    for layer, by_modality in pairs:
+        for modality, part in by_modality.items():
+            x_TI = torch.cat(rows.get((layer.name, modality), [torch.zeros(0, len(part.sum_I))]))
+            x_TI = x_TI.double()
+            assert part.num_tokens == len(x_TI)
+            gram_II = part.gram_II.double()
+            torch.testing.assert_close(gram_II, x_TI.T @ x_TI, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(part.sum_I, x_TI.sum(dim=0), rtol=1e-4, atol=1e-4)
+
+
 def test_drift_and_the_number_of_tokens_done_by_hand():
     """Turned by 90°, by 0°, and about: drifts of 1, 0 and 2, a mean of 1; padding has none."""
     before = torch.tensor([[[1.0, 0], [1, 0], [1, 0], [1, 0], [1, 0]]])

@@ -101,22 +101,27 @@ def test_a_fresh_adapter_changes_nothing_but_applies_the_mask():
     assert torch.equal(model(x), expected)
 
 
-def test_merging_keeps_every_zero_and_every_bit_of_the_output():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merging_keeps_every_zero_and_every_bit_of_the_output(dtype: torch.dtype):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(NUM_INPUTS, NUM_OUTPUTS), nn.ReLU(), nn.Linear(NUM_OUTPUTS, 4))
+    model.to(dtype)
     mask_OI = torch.rand(NUM_OUTPUTS, NUM_INPUTS) < 0.5
     wrapped = add_sparse_lora(model, {"0": mask_OI}, ranks={"0": 3}, alpha=6.0, seed=0)
     nn.init.normal_(model[0].lora_B["default"].weight)
-    x = torch.randn(4, NUM_INPUTS)
+    x = torch.randn(4, NUM_INPUTS, dtype=dtype)
     before = model(x)
+    exact = by_autograd(copy.deepcopy(model[0]).double(), mask_OI, x.double())
 
     merged = merge_sparse_lora(wrapped)
 
     assert merged is model
     assert type(model[0]) is nn.Linear
+    assert model[0].weight.dtype == dtype
     assert torch.equal(model[0].weight != 0, mask_OI)
     assert not model[0].weight[~mask_OI].signbit().any()  # 0.0, not -0.0
     assert torch.equal(model(x), before)
+    assert (model[0](x) - exact).norm() < 2 * torch.finfo(dtype).eps * exact.norm()
 
 
 def test_a_kept_weight_that_is_zero_trains_and_a_dropped_one_does_not():

@@ -26,6 +26,7 @@ from jobs.methods import (
 )
 from jobs.pattern import Pattern, Target
 from tests.reference import (
+    admm_loop,
     best_swap,
     drop_loop,
     dsnot_loop,
@@ -451,6 +452,33 @@ def test_ria_looks_at_shares_of_rows_and_columns():
     assert pruned.keep_OI.tolist() == [[True, True], [True, False]]
 
 
+def test_ria_keeps_a_weight_that_its_column_needs_though_its_row_does_not():
+    """The 2 is 1/5 of its row but 2/3 of its column; the right 1 is 1/2 of its row but 1/9."""
+    statistics = Statistics.empty(2)
+    statistics.update(torch.eye(2), num_sequences=1)
+
+    pruned = prune(torch.tensor([[2.0, 8.0], [1.0, 1.0]]), statistics, Target(0.25), RIASpec())
+
+    assert pruned.keep_OI.tolist() == [[True, True], [True, False]]
+
+
+@pytest.mark.parametrize(
+    ("options", "dropped"),
+    [(RIASpec(), [0, 1]), (RIASpec(activation_power=1), [1, 0])],
+    ids=["root", "plain"],
+)
+def test_ria_hears_the_root_of_an_inputs_loudness(options, dropped):
+    """The 1 has shares of 1/4 and 1/10, the 3 below of 1/4 and 1/2, or 0.75. Twice as loud the 1
+    comes to 0.7, four times as loud to 1.4.
+    """
+    statistics = Statistics.empty(2)
+    statistics.update(torch.diag(torch.tensor([1.0, 4.0])), num_sequences=1)
+
+    pruned = prune(torch.tensor([[3.0, 1.0], [3.0, 9.0]]), statistics, Target(0.25), options)
+
+    assert (~pruned.keep_OI).nonzero().tolist() == [dropped]
+
+
 def test_dsnot_swaps_until_the_mean_is_right():
     """3 and 2 are dropped, so the output is 5 too low. Taking the 3 for the -4 leaves -2.
 
@@ -580,6 +608,23 @@ def test_admm_gains_from_masking_gradually(target: Target):
         )
 
     assert change[15] < 0.95 * change[1]
+
+
+@pytest.mark.parametrize("kept_of", REFERENCE_PATTERNS)
+@pytest.mark.parametrize("options", [ADMMSpec(), ADMMSpec(rho=0.3, damping=0.1, iterations=16)])
+def test_admm_equals_its_slow_loop(kept_of, options):
+    """In float64, or a rounding would now and then choose another weight."""
+    weight_OI, statistics = a_layer(24, num_tokens=100)
+    weight_OI, statistics.gram_II = weight_OI.double(), statistics.gram_II.double()
+    settings = options.model_dump(include={"rho", "damping", "iterations", "masking_iterations"})
+    expected_OI, drop_OI = admm_loop(
+        weight_OI, statistics.gram_II, 0.5, kept_of=kept_of, **settings
+    )
+
+    pruned = prune(weight_OI, statistics, target_for(kept_of), options)
+
+    assert torch.equal(~pruned.keep_OI, drop_OI)
+    assert torch.allclose(pruned.weight_OI, expected_OI, atol=1e-10, rtol=0)
 
 
 def test_admm_cannot_end_before_its_mask_is_final():

@@ -23,13 +23,13 @@ from tests.test_repair import (
 )
 from workers import repair as repair_module
 from workers.context import threads
-from workers.distill import LiveTeacher, is_masked
+from workers.distill import BlockOutput, HiddenStates, LiveTeacher, hidden_error, is_masked
 from workers.encode import collate
 from workers.models import VisionLanguageModel
 from workers.recipes import add_trainable
 from workers.repair import RepairReport, learning_rate, repair
 from workers.spp import SPPLinear
-from workers.teacher import all_logits
+from workers.teacher import all_logits, answer_logits
 
 METHODS = ("sparse_lora", "lora", "spp", "norms", "full")
 CPU = torch.device("cpu")
@@ -252,6 +252,87 @@ def test_distilling_hidden_states_brings_them_nearer(method: str, tmp_path: Path
 
     assert report.hidden_losses[-1] < 0.8 * report.hidden_losses[0]
     assert len(report.hidden_losses) == 8
+
+
+def gradients_of_first_step(spec: RepairSpec) -> dict[str, Tensor]:
+    """By autograd, of all samples as one batch; of what is trained."""
+    batch = collate(samples(), 0)
+    model, dense = pruned(tiny_llava())[0], tiny_llava()
+    add_trainable(model, masks_of(model), spec, seed=0)
+    noted = [HiddenStates(each, each.towers) for each in (model, dense)]
+    dense_NV, _ = answer_logits(dense.module, batch, CPU)
+    student_NV, labels_N = answer_logits(model.module, batch, CPU)
+    p_NV, q_NV = (each.div(spec.temperature).softmax(1) for each in (dense_NV, student_NV))
+    divergence_N = (p_NV * (p_NV.log() - q_NV.log())).sum(dim=1)
+    num_images = len(batch["pixel_values"])
+    hidden = hidden_error(*(each.take() for each in noted), batch["attention_mask"], num_images)
+    loss = 0.7 * nn.functional.cross_entropy(student_NV, labels_N)
+    loss = loss + 0.3 * spec.temperature**2 * divergence_N.mean()
+    loss = loss + spec.distill_hidden * hidden / (7 * noted[0].num_blocks)
+    wanted = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(loss, list(wanted.values()), materialize_grads=True)
+    return dict(zip(wanted, found, strict=True))
+
+
+@pytest.mark.parametrize("distill_hidden", [0.0, 2.0])
+@pytest.mark.parametrize("max_gradient_norm", [0.0, 0.05])
+def test_a_step_follows_the_gradient_of_the_weighted_loss(
+    distill_hidden: float, max_gradient_norm: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """0.7 cross-entropy + 0.3 KL + 2 error of the hidden states, and no longer than it may be.
+
+    Plain gradient descent at a rate of 1: AdamW's first step is of one length, whatever the loss.
+    """
+    monkeypatch.setattr(torch.optim, "AdamW", torch.optim.SGD)
+    spec = spec_of(
+        method="norms",
+        distill=0.3,
+        distill_hidden=distill_hidden,
+        max_gradient_norm=max_gradient_norm,
+        learning_rate=1.0,
+        warmup_fraction=0.0,
+        num_steps=1,
+        batch_size=7,
+        zero_stage=0,
+    )
+    expected = gradients_of_first_step(spec)
+    length = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+    start = pruned(tiny_llava())[0].module.state_dict()
+
+    model, _ = trained(spec, tmp_path)
+
+    assert length > 2 * max_gradient_norm
+    factor = max_gradient_norm / length if max_gradient_norm else 1.0
+    for name, after in model.module.state_dict().items():
+        step = start[name] - after
+        wanted = factor * expected.get(name, torch.zeros_like(step))
+        torch.testing.assert_close(step, wanted, rtol=1e-3, atol=1e-6)
+
+
+def test_the_error_of_hidden_states_is_relative_to_each_token_and_padding_has_none():
+    """Sample 0: 25 of 25 and 1 of 100, on average 0.505; its third token is padding. Sample 1: 4 of
+    1, 0 of 4 and 8 of 4, on average 2. Sample 2 fills the batch up, as the second image does. The
+    first has patches of 1 of 1 and 100 of 100.
+    """
+    language = [
+        BlockOutput("language", torch.tensor(each))
+        for each in (
+            [[[3.0, -1], [0, 9], [5, 5]], [[-1, 0], [0, 2], [4, 2]], [[9, 9], [9, 9], [9, 9]]],
+            [[[3.0, 4], [0, 10], [1, 0]], [[1, 0], [0, 2], [2, 0]], [[1, 0], [1, 0], [1, 0]]],
+        )
+    ]
+    vision = [
+        BlockOutput("vision", torch.tensor(each))
+        for each in (
+            [[[1.0, 1], [0, 0]], [[9, 9], [9, 9]]],
+            [[[1.0, 0], [0, 10]], [[1, 0], [1, 0]]],
+        )
+    ]
+    is_token_BT = torch.tensor([[1, 1, 0], [1, 1, 1]])
+
+    error = hidden_error([vision[0], language[0]], [vision[1], language[1]], is_token_BT, 1)
+
+    assert float(error) == pytest.approx(1.0 + 0.505 + 2.0)
 
 
 @pytest.mark.parametrize("micro_batch", [2, 3])

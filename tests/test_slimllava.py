@@ -13,12 +13,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
 from jobs.allocation import SlimLLaVASpec
 from jobs.crash import CRASH_EXIT_CODE
 from jobs.errors import DataError, SpecError
-from jobs.methods import SparseGPTSpec
+from jobs.methods import MagnitudeSpec, SparseGPTSpec
 from jobs.pattern import Target
 from jobs.spec import CalibrationSpec, JobSpec
 from jobs.storage import Storage
@@ -28,7 +29,8 @@ from orchestrator.estimate import estimate
 from orchestrator.plan import make_plan
 from orchestrator.settle import settle
 from tests.families import make_tiny
-from workers.bank import Bank
+from tests.test_repair import as_model, llama_config
+from workers.bank import Bank, build_bank
 from workers.context import Context
 from workers.keys import StageKeys, stage_path
 from workers.methods import prune
@@ -109,6 +111,26 @@ def test_the_bank_holds_what_pruning_alone_gives(whole: tuple[Path, JobSpec, Any
     for layer, one in zip(tap.layers, alone, strict=True):
         assert ((layer.linear.weight == 0) == ~one.keep_OI).all()
         torch.testing.assert_close(layer.linear.weight.data, one.weight_OI)
+
+
+def test_the_relative_norm_is_of_the_sums_not_a_mean_of_ratios(tmp_path: Path) -> None:
+    """Half of q are 3s and half 4s, of k 5s and 12s: norms of 5 and 13 dense, 4 and 12 at half."""
+    model = as_model(LlamaForCausalLM(llama_config()), "llama")
+    q, k = (f"model.layers.0.self_attn.{name}_proj" for name in "qk")
+    for name, (small, large) in {q: (3.0, -4.0), k: (5.0, -12.0)}.items():
+        weight_OI = model.module.get_submodule(name).weight
+        weight_OI[::2], weight_OI[1::2] = small, large
+    context = Context(Storage(str(tmp_path)), "job", tmp_path, CPU)
+    grid = {"language": (0.0, 0.5)}
+    build_bank(
+        model, MagnitudeSpec(), grid, tmp_path, CalibrationSpec(), context, tmp_path, key="k"
+    )
+
+    bank = Bank(tmp_path, list(model.layers()))
+
+    assert bank.relative_norm({q: 0.5, k: 0.5}) == pytest.approx(16 / 18)
+    assert bank.relative_norm({q: 0.5, k: 0.0}) == pytest.approx(17 / 18)
+    assert bank.relative_norm({k: 0.5}) == pytest.approx(12 / 13)
 
 
 def test_swapping_there_and_back_leaves_no_trace(whole: tuple[Path, JobSpec, Any]) -> None:
