@@ -3,7 +3,9 @@
 Shape letters: O output features, I input features, T tokens.
 """
 
+from concurrent.futures import ProcessPoolExecutor
 from itertools import pairwise
+from multiprocessing import get_context
 
 import pytest
 import torch
@@ -103,6 +105,23 @@ def a_layer(num_outputs=10, num_inputs=NUM_INPUTS, *, num_tokens=200, seed=0, de
 
 def target_for(kept_of, sparsity=0.5):
     return Target(1 - kept_of[0] / kept_of[1], Pattern(*kept_of)) if kept_of else Target(sparsity)
+
+
+def threads_around_a_kernel() -> tuple[int, int]:
+    torch.set_num_threads(1)
+    prune(*a_layer(), Target(0.5), SparseGPTSpec())
+    return 1, torch.get_num_threads()
+
+
+def test_a_compiled_kernel_leaves_torch_its_number_of_threads():
+    """More than a worker asked for would be in its neighbours' way, and add up in another order.
+
+    In a process of its own: it happens where the first kernel of all starts the threads.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        asked, left = pool.submit(threads_around_a_kernel).result()
+
+    assert left == asked
 
 
 # The contract

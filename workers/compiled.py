@@ -22,7 +22,10 @@ def compiled(loop: Callable[..., None]) -> Any:
         fast = njit(**options)(loop)
 
     def run(*arguments: Any) -> None:
-        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+        num_threads = torch.get_num_threads()
+        numba.set_num_threads(min(num_threads, numba.config.NUMBA_NUM_THREADS))
         fast(*arguments)
+        if torch.get_num_threads() != num_threads:  # numba starts with a thread for every core
+            torch.set_num_threads(num_threads)
 
     return run
