@@ -122,6 +122,19 @@ class DSnoTSpec(MethodOptions):
     same_sign: bool = True
     """Refuse a swap that overshoots. The published code means to, and does so only for N:M."""
 
+    @property
+    def start(self) -> MethodOptions:
+        """Who gives the mask that it starts from."""
+        starts = (
+            WandaSpec(),
+            MagnitudeSpec(compare="row"),
+            RIASpec(compare="row"),
+            SparseGPTSpec(),
+            ADMMSpec(compare="row"),
+            SparseSwapsSpec(),
+        )
+        return next(spec for spec in starts if spec.name == self.initial)
+
     def of_layer(self, name: str) -> "DSnoTSpec":
         if self.layers == "all" or IS_ATTENTION.search(name):
             return self

@@ -68,7 +68,7 @@ def _stored_bytes(stage: str, job: JobSpec) -> float:
     if stage == "prune":
         return facts.num_bytes + sum(outputs * inputs for outputs, inputs in layers) / 8
     if stage == "statistics":  # text and visual tokens apart, 4 inputs for the 7 layers of a block
-        return sum(2 * 4 / 7 * 4 * inputs**2 for _, inputs in layers)
+        return sum(2 * 4 / 7 * 4 * inputs**2 for _, _, inputs in facts.prunable.values())
     if stage == "bank" and isinstance(job.prune.allocation, SlimLLaVASpec):
         bytes_per_weight = 4 if job.model.dtype == "float32" else 2
         return _num_ratios(job.prune.allocation) * bytes_per_weight * sum(o * i for o, i in layers)

@@ -43,7 +43,6 @@ METHODS: dict[type[MethodOptions], Method] = {
     MagnitudeSpec: prune_magnitude,
     WandaSpec: prune_wanda,
     RIASpec: prune_ria,
-    DSnoTSpec: prune_dsnot,
     SparseSwapsSpec: prune_sparseswaps,
 }
 SHARED_METHODS: dict[type[MethodOptions], SharedMethod] = {
@@ -140,6 +139,14 @@ def _dispatch(
     targets: list[Target],
     options: MethodOptions,
 ) -> list[Pruned]:
+    if isinstance(options, DSnoTSpec):
+        dead_I = need(statistics).gram_II.diagonal() == 0  # these go first, whoever starts
+        without_dead = [weight.masked_fill(dead_I, 0) for weight in weights]
+        starts = _dispatch(without_dead, statistics, targets, options.start)
+        return [
+            prune_dsnot(weight, statistics, target, options, start.keep_OI)
+            for weight, target, start in zip(weights, targets, starts, strict=True)
+        ]
     if type(options) in SHARED_METHODS:
         return SHARED_METHODS[type(options)](weights, statistics, targets, options)
     method = METHODS[type(options)]

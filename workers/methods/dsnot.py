@@ -6,59 +6,28 @@ swap, heeds `same_sign` in unstructured pruning too, and takes it to refuse what
 Shape letters: O output features, I input features.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from jobs.methods import (
-    ADMMSpec,
-    DSnoTSpec,
-    MagnitudeSpec,
-    MethodOptions,
-    RIASpec,
-    SparseGPTSpec,
-    SparseSwapsSpec,
-    WandaSpec,
-)
+from jobs.methods import DSnoTSpec
 from jobs.pattern import Target
-from workers.methods.admm import prune_admm
 from workers.methods.common import Pruned, need, without_dropped
-from workers.methods.magnitude import prune_magnitude
-from workers.methods.ria import prune_ria
-from workers.methods.sparsegpt import prune_sparsegpt
-from workers.methods.sparseswaps import prune_sparseswaps
-from workers.methods.wanda import prune_wanda, wanda_saliency
+from workers.methods.wanda import wanda_saliency
 from workers.statistics import Statistics
 
 
-def _alone(prune_several: Any) -> Any:
-    """For one layer, what is for several."""
-
-    def prune_one(weight_OI: Tensor, statistics: Statistics, target: Target, options: Any) -> Any:
-        return prune_several([weight_OI], statistics, [target], options)[0]
-
-    return prune_one
-
-
-STARTS: dict[str, tuple[Callable[[Tensor, Statistics, Target, Any], Pruned], MethodOptions]] = {
-    "wanda": (prune_wanda, WandaSpec()),
-    "magnitude": (prune_magnitude, MagnitudeSpec(compare="row")),
-    "ria": (prune_ria, RIASpec(compare="row")),
-    "sparsegpt": (_alone(prune_sparsegpt), SparseGPTSpec()),
-    "admm": (_alone(prune_admm), ADMMSpec(compare="row")),
-    "sparseswaps": (prune_sparseswaps, SparseSwapsSpec()),
-}
-
-
 def prune_dsnot(
-    weight_OI: Tensor, statistics: Statistics | None, target: Target, options: DSnoTSpec
+    weight_OI: Tensor,
+    statistics: Statistics | None,
+    target: Target,
+    options: DSnoTSpec,
+    start_OI: Tensor,
 ) -> Pruned:
+    """`start_OI` is the mask to start from, bool, True is kept."""
     statistics = need(statistics)
     trained_OI = weight_OI.float()
     saliency_OI = wanda_saliency(weight_OI, statistics.input_norm_I)
-    keep_OI = initial_mask(trained_OI, statistics, target, options)
+    keep_OI = start_OI.clone()
     mean_OI, variance_I = moments(trained_OI, statistics)
     worth_OI = mean_OI / variance_I.pow(options.variance_power)
     may_move_OI = torch.ones_like(keep_OI)
@@ -88,16 +57,6 @@ def prune_dsnot(
         may_move_OI[rows, dropped] = may_move_OI[rows, back] = False
         off_O = torch.where(active_O, after_O, off_O)
     return without_dropped(weight_OI, keep_OI)
-
-
-def initial_mask(
-    trained_OI: Tensor, statistics: Statistics, target: Target, options: DSnoTSpec
-) -> Tensor:
-    """Another method's mask. Weights on inputs that are always 0 go first, whoever it is."""
-    dead_I = statistics.gram_II.diagonal() == 0
-    prune_by, settings = STARTS[options.initial]
-    start = prune_by(trained_OI.masked_fill(dead_I, 0), statistics, target, settings)
-    return start.keep_OI
 
 
 def moments(trained_OI: Tensor, statistics: Statistics) -> tuple[Tensor, Tensor]:
